@@ -624,6 +624,11 @@ def draw_lesion(signs, rng, height):
     brown = brown * rng.uniform(0.88, 1.1) + rng.normal(0, 5, 3)
     paint(lesion * (0.8 + 0.12 * noise(0.15)), brown)
 
+    if signs["PIG"] == "REG":  # one even, central shade; irregular: dark blotches off the centre
+        paint(0.85 * np.clip((depth - 0.04) / 0.1, 0, 1), (122, 78, 22))
+    if signs["PIG"] == "IR":
+        for _ in range(3):
+            paint(0.85 * patch(rng.uniform(0.05, 0.1)), (62, 36, 28))
     if signs["PN"] != "absent":  # a honeycomb of brown lines; atypical: wide, uneven, warped, broken
         typical = signs["PN"] == "TYP"
         warp, turn = 0.006 if typical else 0.035, rng.uniform(0, 1)
@@ -633,11 +638,6 @@ def draw_lesion(signs, rng, height):
         lines = np.clip((-0.35 - mesh + (0 if typical else 0.55 * noise(0.1))) / 0.5, 0, 1)
         fade = 0.6 * np.clip(depth / 0.1, 0, 1) if typical else 0.85 * np.clip(0.55 + 0.9 * noise(0.18), 0, 1)
         paint(lesion * lines * fade, brown * (0.5 if typical else 0.33))
-    if signs["PIG"] == "REG":  # one even, central shade; irregular: dark blotches off the centre
-        paint(0.9 * np.clip((depth - 0.1) / 0.1, 0, 1), (122, 78, 22))
-    if signs["PIG"] == "IR":
-        for _ in range(3):
-            paint(0.92 * patch(rng.uniform(0.06, 0.1)), (62, 36, 28))
     if signs["STR"] != "absent":  # radial lines at the edge, all round; irregular: in one or two places
         regular = signs["STR"] == "REG"
         angles = np.arange(0, 2 * np.pi, 0.21) if regular else rng.uniform(0, 0.9, 18) + np.repeat(rng.uniform(0, 6, 2), 9)
@@ -646,10 +646,10 @@ def draw_lesion(signs, rng, height):
             r = edge[round(H * (cy + 0.35 * np.sin(a))), round(H * (cx + 0.35 * np.cos(a)))] - 0.05
             ends = r, r + (0.1 if regular else rng.uniform(0.08, 0.17))
             rays.append(([(cy + r * np.sin(a), cx + r * np.cos(a)) for r in ends], 0.016 if regular else 0.026))
-        paint(0.9 * ink(lines=rays), brown * 0.3 if regular else (52, 32, 26))
+        paint(0.9 * ink(lines=rays), brown * 0.4 if regular else (52, 32, 26))
     if signs["RS"] == "PRS":  # a scar-like white area, peppered with blue-grey
         area = patch(0.12)
-        paint(0.92 * area, (236, 222, 216))
+        paint(0.85 * area, (236, 222, 216))
         paint(0.8 * np.clip(4 * area, 0, 1) * ink((*place, 0.005) for place in inside(400)), (112, 118, 136))
     if signs["DaG"] == "REG":  # even dots in rows; irregular: of all sizes, off the centre
         rows = [(0.08 * i, 0.08 * (j + i % 2 / 2)) for i in range(-4, 5) for j in range(-4, 5)]
@@ -664,11 +664,11 @@ def draw_lesion(signs, rng, height):
         short = [(walk(place, rng.uniform(0, 6), 3, 0.03, 0.5), 0.018) for place in inside(9)]
         paint(0.9 * ink([(*place, rng.uniform(0.011, 0.017)) for place in inside(45)], short), (196, 30, 52))
     if signs["BWV"] == "PRS":
-        paint(0.9 * patch(0.16), (96, 118, 160))
+        paint(0.8 * patch(0.16), (96, 118, 160))
     if kind == "BCC":  # blue-grey ovoid nests
         paint(0.75 * ink((*place, rng.uniform(0.018, 0.04)) for place in inside(6, 0.4)), (92, 98, 122))
     if kind == "SK":  # milia-like cysts and comedo-like openings
-        paint(0.9 * ink((*place, rng.uniform(0.01, 0.017)) for place in inside(30)), (248, 236, 200))
+        paint(0.9 * ink((*place, rng.uniform(0.009, 0.016)) for place in inside(30)), (248, 236, 200))
         paint(0.85 * ink((*place, rng.uniform(0.014, 0.024)) for place in inside(8)), (72, 48, 30))
     if kind == "MISC":  # a dermatofibroma's white centre
         paint(0.85 * np.clip(1.3 - radius / 0.13, 0, 1), (240, 226, 218))
@@ -677,15 +677,15 @@ def draw_lesion(signs, rng, height):
     dermoscopy = (image * (0.25 + 0.75 * lens)).clip(0, 255).astype(np.uint8)
 
     # The clinical photo: the lesion small, blurred and off-centre on skin, then uneven light, hairs and grain.
-    share = rng.uniform(0.4, 0.55)
+    share = rng.uniform(0.5, 0.66)
     small = lambda photo, blur: Image.fromarray(photo).resize((round(W * share), round(H * share)), Image.BOX).filter(
         ImageFilter.GaussianBlur(blur * H))
     corner = round(W * rng.uniform(0.1, 0.9 - share)), round(H * rng.uniform(0.1, 0.9 - share))
     photo = Image.fromarray((skin * (1, 0.96, 0.93) + (9 * noise(0.25) + 6 * noise(0.02))[..., None]).clip(0, 255).astype(np.uint8))
     photo.paste(small(dermoscopy, 0.022), corner, small((215 * lesion).astype(np.uint8), 0.006))
     image, turn = np.array(photo, np.float32), rng.uniform(0, 6)
-    image *= rng.uniform(0.75, 1.15, 3) * (1 + 0.4 * ((y - 0.5) * np.sin(turn) + (x - 0.75) * np.cos(turn)))[..., None]
-    hairs = [(walk(rng.uniform(0, (1, 1.5)), turn + rng.normal(0, 0.5), 7, 0.06, 0.25), 0.005) for _ in range(rng.integers(3, 25))]
+    image *= rng.uniform(0.85, 1.08) * (1 + 0.22 * ((y - 0.5) * np.sin(turn) + (x - 0.75) * np.cos(turn)))[..., None]
+    hairs = [(walk(rng.uniform(0, (1, 1.5)), turn + rng.normal(0, 0.5), 7, 0.06, 0.25), 0.005) for _ in range(rng.integers(3, 15))]
     paint(0.7 * ink(lines=hairs), (70, 52, 44))
     return (image + rng.normal(0, 5, image.shape)).clip(0, 255).astype(np.uint8), dermoscopy
 

@@ -1,0 +1,33 @@
+"""What several test files need."""
+import pytest
+import torch
+
+import backbones
+import data
+
+
+def close(ours, theirs, tolerance=1e-9):
+    """Fails with the largest difference, relative to the largest value, if it is above the tolerance."""
+    ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).detach().double()
+    assert ours.shape == theirs.shape, f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    assert ours.isfinite().all(), "not finite"
+    difference, scale = (ours - theirs).abs(), theirs.abs().max().clamp(min=1e-300)
+    assert difference.max() <= tolerance * scale, (
+        f"largest difference {difference.max() / scale:.2e} of the largest value, mean {difference.mean() / scale:.2e}")
+
+
+def randomise(module, seed=0, spread=0.05):
+    """Every parameter and batch-norm statistic moved away from its initial value, which hides mistakes: ConvNeXt's layer scale
+    starts at 1e-6, biases and the attention's values at 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not backbones.DERIVED.search(name):
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64) * spread
+            value.add_(noise.abs() if name.endswith("running_var") else noise)
+    return module
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory):
+    """The folder of a small synthetic SPC: 60 cases, 25 / 12 / 23."""
+    return data.synthesize(tmp_path_factory.mktemp("data") / "spc", cases=60, height=48)
