@@ -27,6 +27,7 @@ import warnings
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -190,13 +191,6 @@ def listing(folder):
         return {}
 
 
-def photo_index(folder):
-    """Every image file below `folder` by its lower-case name without ending. Linked folders are not entered: no loops."""
-    return {Path(name).stem.lower(): Path(parent, name) for parent, _, names in os.walk(folder) for name in sorted(names)
-            if name.lower().endswith((".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"))}
-
-
-
 def unknown(text):
     return text.lower() in ("", "nan", "na", "n/a", "none", "unknown")
 
@@ -256,7 +250,10 @@ def seven_point_score(tasks, labels):
 
 
 def read_milk10k(folder, table, binary):
-    truth = {row["lesion_id"]: row for row in read_table(table, "lesion_id", *map(str.lower, MILK10K))}
+    truth = {}
+    for row in read_table(table, "lesion_id", *map(str.lower, MILK10K)):
+        if truth.setdefault(row["lesion_id"], row) is not row:
+            raise DataError(f"{row['where']}: lesion {row['lesion_id']} stands there twice; remove a row")
     metadata = next(iter(sorted(folder.glob("*Metadata.csv"))), folder / "MILK10k_Training_Metadata.csv")
     lesions, notes = [], []
     for lesion_id, clinical, dermoscopy, row in pair_up(folder, metadata, notes):
@@ -272,6 +269,8 @@ def read_isic(folder):
     """A download from the ISIC Archive, such as the paper's collected pairs (Sec. 4.2): benign or malignant."""
     lesions, notes, undecided = [], [], 0
     for lesion_id, clinical, dermoscopy, row in pair_up(folder, folder / "metadata.csv", notes):
+        if not {"diagnosis_1", "benign_malignant"} & row.keys():
+            raise DataError(f"{folder / 'metadata.csv'}: no column diagnosis_1 or benign_malignant; export it with the diagnosis")
         diagnosis = (row.get("diagnosis_1") or row.get("benign_malignant", "")).lower()
         if diagnosis not in TWO_CLASSES["DIAG"]:
             undecided += 1
@@ -289,8 +288,9 @@ def pair_up(folder, table, notes):
     Of several photos of a type a close-up goes first, then the lowest isic_id. Images without lesion_id or of another type
     (TBP tiles) cannot be paired and are left out; `notes` says how many.
     """
+    # Every photo below the folder by its name in lower case, without ending. os.walk enters no linked folder: no loops.
     paths = {Path(name).stem.lower(): Path(parent, name) for parent, _, names in os.walk(folder) for name in sorted(names)
-             if name.lower().endswith((".jpg", ".jpeg", ".png"))}  # os.walk enters no linked folders, so it cannot loop
+             if name.lower().endswith((".jpg", ".jpeg", ".png"))}
     rows = read_table(table, "isic_id", "lesion_id", "image_type")
     found = defaultdict(lambda: {"clinical": {}, "dermoscop": {}})
     for row in rows:
@@ -440,6 +440,17 @@ def broken_photos(photos):
     return f"{len(problems)} photos are missing or broken; restore them or remove their rows:\n  " + "\n  ".join(problems)
 
 
+@contextmanager
+def whole(path):
+    """A temporary path that becomes `path` if the block ends well and is removed if not: a file is whole or not there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def load(release, size, cache):
     """All photos as (N, 2, size, size, 3) uint8, clinical first: a read-only memory map of a file in the folder `cache`.
 
@@ -456,10 +467,10 @@ def load(release, size, cache):
             if zlib.crc32(pixels).to_bytes(4, "big") == np.memmap(path, np.uint8, "r", math.prod(shape)).tobytes():
                 return pixels
         print(f"{path} is damaged; the photos are decoded again", file=sys.stderr)
-    temporary, checksum = path.with_suffix(f".{os.getpid()}.tmp"), 0
+    checksum = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file, ThreadPoolExecutor() as threads:
+        with whole(path) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor() as threads:
             for start in range(0, len(release.photos), 64):  # 64 pairs at a time bound the memory, whatever the release
                 for photo in threads.map(lambda path: decode(path, size), sum(release.photos[start:start + 64], ())):
                     file.write(photo.data)
@@ -467,14 +478,11 @@ def load(release, size, cache):
                 progress("decoding photos", min(start + 64, len(release.photos)), len(release.photos))
             file.write(checksum.to_bytes(4, "big"))
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except DataError as error:
         raise DataError(broken_photos(release.photos)) from error
     except OSError as error:
         raise DataError(f"{path}: cannot write the {math.prod(shape) / 2 ** 20:,.0f} MiB of decoded photos ({error.strerror}); "
                         "make room there or choose another folder with --cache") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return np.memmap(path, np.uint8, "c", shape=shape)  # "c": torch wants it writable; nothing goes to the file
 
 

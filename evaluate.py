@@ -183,10 +183,8 @@ def intervals(probabilities, labels, tasks, resamples=1000, seed=0):
 
 
 def write_whole(path, text):
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with data.whole(path) as temporary:
+        temporary.write_text(text)
 
 
 def load_run(run, device):

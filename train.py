@@ -191,15 +191,12 @@ def re_estimate(network, feed):
 
 def save(path, state):
     """torch.save that appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with data.whole(path) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError inside torch's writer
         raise RunError(f"{path} cannot be written ({error}); the one before it is intact. Make room and go on with "
                        f"--resume {path.parent}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def random_state(device):
