@@ -114,14 +114,14 @@ def parse(argv):
 def settle(given):
     """All flags and the run's folder: those of args.json for --resume, else the given ones and the defaults."""
     if "resume" in given:
-        run = Path(given.pop("resume"))
+        run = Path(given["resume"])
         try:
             flags = json.loads((run / "args.json").read_text())["flags"]
         except (OSError, ValueError) as error:
             raise RunError(f"{run}: no run to go on with ({error})") from error
         moved = {flag: given[flag] for flag in ("data", "cache", "device") if flag in given}
         if changed := [f"--{flag} {value} (it began with {flags.get(flag)})" for flag, value in given.items()
-                       if flag not in moved and flags.get(flag) != value]:
+                       if flag not in ("resume", *moved) and flags.get(flag) != value]:
             raise RunError(f"{run} cannot go on with other flags: {', '.join(changed)}. The result would be that of neither "
                            "run (the cosine depends on --epochs); begin a new run with --out")
         return flags | moved, run
@@ -200,14 +200,15 @@ def save(path, state):
 
 
 def random_state(device):
-    return {"cpu": torch.get_rng_state()} | (
-        {} if device.type == "cpu" else {device.type: torch.get_device_module(device).get_rng_state()})
+    """The states of torch's generators: the CPU's and, if that is another, the device's."""
+    on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *on_device]
 
 
-def set_random_state(state, device):
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type in state:
-        torch.get_device_module(device).set_rng_state(state[device.type].cpu())
+def set_random_state(states, device):
+    torch.set_rng_state(states[0].cpu())
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state.cpu())
 
 
 def about():
@@ -229,8 +230,8 @@ def write_log(path, rows):
 
 def main(argv=None):
     """Train and evaluate; returns the results that results.json holds. Raises RunError, data.DataError, WeightsError."""
-    flags, run = settle(parse(argv))
-    resumed = run is not None and (run / "args.json").exists()
+    given = parse(argv)
+    flags, run = settle(given)
     device = find_device(flags["device"])
     if flags["data"] is None:
         path = data.synthesize(f"runs/synthetic-spc-{DEMO['cases']}", **DEMO)
@@ -240,7 +241,7 @@ def main(argv=None):
     release = data.read(path, flags["binary"])
     for note in release.notes:
         print(note)
-    if not resumed:
+    if "resume" not in given:
         complete(flags, release)
         if flags["amp"] is None:
             flags["amp"] = has_bfloat16(device)
@@ -249,18 +250,26 @@ def main(argv=None):
     pixels = torch.from_numpy(data.load(release, flags["image_size"], flags["cache"]))
     if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         pixels = pixels.to(device)
-    labels = torch.from_numpy(release.labels).to(device)
-    train_rows, valid_rows = (torch.from_numpy(release.rows(split)) for split in ("train", "valid"))
+    try:
+        fit(run, flags, release, pixels, device)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"stopped. Go on with: python train.py --resume {run}") from stop
+    return evaluate.main([str(run), "--data", str(path), "--cache", flags["cache"], "--device", str(device)])
 
+
+def fit(run, flags, release, pixels, device):
+    """The recipe: from photos (N, 2, S, S, 3) uint8 to model.pt; from last.pt on if the run has one."""
     torch.manual_seed(flags["seed"])
     network = model.make(flags, [len(classes) for classes in release.tasks.values()],
                          None if flags["weights"] == "none" else flags["weights"]).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), flags["lr"], fused=True)  # paper, Sec. 4.1; no weight decay
     forward = torch.compile(network) if flags["compile"] else network
+    optimizer = torch.optim.Adam(network.parameters(), flags["lr"], fused=True)  # paper, Sec. 4.1; no weight decay
     criterion = equal_loss if flags["loss"] == "equal" else partial(biased_loss, w=flags["w"])
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=flags["amp"])
+    labels = torch.from_numpy(release.labels).to(device)
+    train_rows, valid_rows = (torch.from_numpy(release.rows(split)) for split in ("train", "valid"))
     average, log, first = [], [], 0
-    if resumed and (run / "last.pt").exists():
+    if (run / "last.pt").exists():
         state = torch.load(run / "last.pt", map_location=device, weights_only=True)
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
@@ -303,12 +312,8 @@ def main(argv=None):
         log.append({"epoch": epoch + 1, "lr": learning_rate(flags, epoch)} |
                    dict(zip(["loss", *(f"loss_{b}" for b, part in zip(model.BRANCHES, loss[1:]) if part is not None)],
                             losses.mean(0).tolist())) | validation(network, pixels, release, valid_rows, device, flags))
-        last = log[-1]
         left = (time.perf_counter() - started) / (epoch + 1 - first) * (flags["epochs"] - epoch - 1)
-        parts = " ".join(f"{name[5].upper()} {value:.3f}" for name, value in last.items() if name.startswith("loss_"))
-        print(f"epoch {epoch + 1:3}/{flags['epochs']}  loss {last['loss']:.3f} ({parts})  validation AUC {100 * last['valid_auc']:.1f} "
-              f"accuracy {100 * last['valid_accuracy']:.1f}  lr {last['lr']:.1e}  {2 * len(train_rows) / seconds:,.0f} images/s  "
-              f"{left / 60:.1f} min left", flush=True)
+        print_epoch(log[-1], flags["epochs"], 2 * len(train_rows) / seconds, left)
         # A save costs up to a second: at most 1/20 of the time goes to it, and always one after the last epoch.
         if epoch + 1 == flags["epochs"] or time.perf_counter() - saved > 20 * cost:
             clock = time.perf_counter()
@@ -325,7 +330,12 @@ def main(argv=None):
         re_estimate(network, feed())
     save(run / "model.pt", {"state": network.state_dict(), "flags": flags,
                             "tasks": {task: list(classes) for task, classes in release.tasks.items()}})
-    return evaluate.main([str(run), "--data", str(path), "--cache", flags["cache"], "--device", str(device)])
+
+
+def print_epoch(row, epochs, speed, left):
+    parts = " ".join(f"{name[5].upper()} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
+    print(f"epoch {row['epoch']:3}/{epochs}  loss {row['loss']:.3f} ({parts})  validation AUC {100 * row['valid_auc']:.1f} "
+          f"accuracy {100 * row['valid_accuracy']:.1f}  lr {row['lr']:.1e}  {speed:,.0f} images/s  {left / 60:.1f} min left", flush=True)
 
 
 def validation(network, pixels, release, rows, device, flags):
@@ -357,9 +367,14 @@ def spoken_errors():
     except (RunError, data.DataError, backbones.WeightsError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntrain.py: stopped. Go on with: python train.py --resume RUN", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\ntrain.py: {stop if stop.args else 'stopped'}", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"train.py: out of memory. Try a smaller --batch-size or --image-size. ({str(error).splitlines()[0]})", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,303 @@
+"""The recipe: SWA, cosine and optimiser against torch's own; runs that are stopped and go on; failures that speak."""
+import copy
+import csv
+import errno
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import model
+import train
+from PIL import Image
+from conftest import close, randomise
+from test_data import write
+from train import RunError
+
+TINY = ["--backbone", "convnext_atto", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--device", "cpu",
+        "--lr", "1e-3", "--epochs", "4", "--swa-start", "2"]
+
+
+@pytest.fixture
+def tiny(release, tmp_path):
+    """Trains in a folder of that name; more flags override TINY."""
+    def run(name, *flags):
+        return train.main(["--data", str(release), "--cache", str(tmp_path / "cache"), *TINY, *flags, "--out", str(tmp_path / name)])
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(release, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.main(["--data", str(release), "--cache", str(folder / "cache"), *TINY, "--out", str(folder / "run")])
+    return folder / "run"
+
+
+def assert_same_run(one, other):
+    """Weights, average, log, predictions and results, to the bit."""
+    for name in ("log.csv", "predictions.csv", "results.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    a, b = (torch.load(run / "model.pt", weights_only=True)["state"] for run in (one, other))
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), f"{key}: largest difference {(a[key] - b[key]).abs().max():.1e}"
+
+
+# ----------------------------------------------------------------------------------------------- the parts of the recipe
+
+
+def test_average_in_is_torchs_averaged_model():
+    network = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).double()
+    theirs, ours = torch.optim.swa_utils.AveragedModel(network), [torch.zeros_like(p) for p in network.parameters()]
+    for step in range(50):
+        randomise(network, seed=step, spread=1.0)
+        theirs.update_parameters(network)
+        train.average_in(ours, step, network)
+    for mean, expected in zip(ours, theirs.module.parameters()):
+        close(mean, expected, 1e-14)
+
+
+def test_re_estimate_is_torchs_update_bn():
+    network = randomise(model.PEMM("convnext_atto", (3, 2))).double()
+    twin = copy.deepcopy(network)
+    feed = [(*torch.randn(2, 4, 3, 32, 32, dtype=torch.float64), None) for _ in range(5)]
+    class OneInput(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = twin
+        def forward(self, pair):
+            return self.network(*pair)
+    torch.manual_seed(0)  # dropout and drop-path
+    torch.optim.swa_utils.update_bn([torch.stack(pair[:2]) for pair in feed], OneInput())
+    torch.manual_seed(0)
+    train.re_estimate(network, feed)
+    found, expected = network.state_dict(), twin.state_dict()
+    norms = [key for key in found if "running" in key]
+    assert len(norms) == 3 * 2 * 2  # three classifiers, two norms each, mean and variance
+    for key in norms:
+        close(found[key], expected[key], 1e-12)
+    assert network.classifiers[0].body[1].momentum == 0.1
+
+
+def test_swa_of_a_run_is_torchs(tiny, monkeypatch, tmp_path):
+    """On a whole run: model.pt is AveragedModel's average of the epochs from --swa-start on, after update_bn."""
+    twins, average_in, re_estimate = [], train.average_in, train.re_estimate
+    def average_both(average, count, network):
+        if not twins:
+            twins.append(torch.optim.swa_utils.AveragedModel(network))
+        twins[0].update_parameters(network)
+        average_in(average, count, network)
+    def estimate_both(network, feed):
+        feed = list(feed)
+        class OneInput(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.network = twins[0].module
+            def forward(self, pair):
+                return self.network(*pair)
+        state = torch.get_rng_state()
+        torch.optim.swa_utils.update_bn([torch.stack(pair[:2]) for pair in feed], OneInput())
+        torch.set_rng_state(state)
+        re_estimate(network, feed)
+    monkeypatch.setattr(train, "average_in", average_both)
+    monkeypatch.setattr(train, "re_estimate", estimate_both)
+    tiny("run", "--no-amp")
+    found = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["state"]
+    assert int(twins[0].n_averaged) == 3  # epochs 2, 3 and 4
+    for key, expected in twins[0].module.state_dict().items():
+        if "num_batches" not in key:
+            close(found[key], expected, 1e-5)
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["network"]
+    assert not torch.equal(last["encoders.0.norm.weight"], found["encoders.0.norm.weight"]), "the average was not swapped in"
+
+
+def test_cosine_is_torchs_stepped_every_epoch():
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], 3e-5)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 250)
+    for epoch in range(250):
+        close(train.learning_rate({"lr": 3e-5, "epochs": 250}, epoch), optimizer.param_groups[0]["lr"], 1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("n, size, parts", [(48, 24, [24, 24]), (49, 24, [24, 25]), (50, 24, [24, 24, 2]), (5, 24, [5]), (3, 2, [3])])
+def test_no_batch_is_a_single_pair(n, size, parts):
+    order = torch.randperm(n)
+    found = train.batches(order, size)
+    assert [len(part) for part in found] == parts and torch.equal(torch.cat(found), order)
+
+
+def test_defaults_are_the_papers():
+    flags, _ = train.settle(train.parse(["--data", "release_v0"]))
+    expected = {"backbone": "swin_v2_t", "weights": "imagenet", "image_size": 224, "batch_size": 24, "lr": 3e-5, "w": 0.1,
+                "loss": "biased", "encoder": "shared", "fusion": "sca", "classifiers": "separate", "modality": "both"}
+    assert {name: flags[name] for name in expected} == expected
+    class Spc:
+        kind = "spc"
+    assert train.complete(dict(flags), Spc)["epochs"] == 250 and train.complete(dict(flags), Spc)["swa_start"] == 201
+    Spc.kind = "isic"
+    assert train.complete(dict(flags), Spc)["epochs"] == 150
+
+
+# ------------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_is_complete_repeatable_and_seeded(finished, tiny, tmp_path):
+    names = {path.name for path in finished.iterdir() if path.suffix != ".png"}
+    assert names == {"args.json", "log.csv", "last.pt", "model.pt", "predictions.csv", "results.json"}
+    saved = json.loads((finished / "args.json").read_text())
+    assert saved["flags"]["swa_start"] == 2 and saved["torch"] == torch.__version__
+    with open(finished / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    for row in rows:  # Eq. 3
+        parts = [float(row[f"loss_{branch}"]) for branch in model.BRANCHES]
+        close(float(row["loss"]), 0.1 * parts[0] + 0.4 * parts[1] + 0.5 * parts[2], 1e-5)
+    state = torch.load(finished / "last.pt", weights_only=True)
+    group = state["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0 and group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 and not group["amsgrad"]
+    # The saved flags as a command: the same run.
+    flags = []
+    for name, value in saved["flags"].items():
+        flag = f"--{name.replace('_', '-')}"
+        flags += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
+    assert train.main([*flags, "--out", str(tmp_path / "again")]) == json.loads((finished / "results.json").read_text())
+    assert_same_run(finished, tmp_path / "again")
+    tiny("other", "--seed", "1")
+    assert (tmp_path / "other" / "log.csv").read_bytes() != (finished / "log.csv").read_bytes()
+
+
+def test_stopped_it_ends_in_the_same_bits(finished, tiny, monkeypatch, tmp_path):
+    """Ctrl-C four times, before a checkpoint and instead of it; the run goes on each time."""
+    stops = iter([False, False, True, False, True, True, False, True] + [False] * 9)  # at each validation and save
+    def stop(function):
+        def stopping(*arguments):
+            if next(stops):
+                raise KeyboardInterrupt
+            return function(*arguments)
+        return stopping
+    monkeypatch.setattr(train, "validation", stop(train.validation))
+    monkeypatch.setattr(train, "save", stop(train.save))
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        tiny("parts")
+    for again in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["--resume", str(tmp_path / "parts")])
+    train.main(["--resume", str(tmp_path / "parts")])
+    assert_same_run(finished, tmp_path / "parts")
+
+
+def test_killed_it_ends_in_the_same_bits(finished, release, tmp_path):
+    """kill -9 at a moment that nobody chose."""
+    command = [sys.executable, train.__file__, "--data", str(release), "--cache", str(tmp_path), *TINY, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "run" / "last.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(torch.rand(()).item() / 4)
+        process.kill()
+    train.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(finished, tmp_path / "run")
+
+
+def test_a_finished_run_resumed_stays_as_it_is_and_refuses_other_flags(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "4"])
+    assert_same_run(finished, tmp_path / "run")
+    with pytest.raises(RunError, match=r"--epochs 9 \(it began with 4\).*the cosine depends on --epochs"):
+        train.main(["--resume", str(tmp_path / "run"), "--epochs", "9"])
+
+
+def test_a_folder_holds_one_run(finished, release):
+    with pytest.raises(RunError, match="holds a run. Go on with it: --resume"):
+        train.main(["--data", str(release), *TINY, "--out", str(finished)])
+
+
+@pytest.mark.parametrize("flags", [
+    ["--modality", "clinical"], ["--encoder", "separate", "--fusion", "concat"], ["--fusion", "ca", "--classifiers", "shared"],
+    ["--loss", "equal", "--reading", "swapped"]], ids=" ".join)
+def test_every_row_of_the_tables_runs(flags, tiny):
+    found = tiny("run", "--epochs", "1", "--swa-start", "1", *flags)
+    branches = ["clinical"] if "clinical" in flags else ["clinical", "dermoscopy", "fusion", "fused"]
+    assert list(found["test"]) == branches and 0 <= found["test"][branches[0]]["mean_auc"] <= 1
+
+
+def test_exchanged_labels_of_training_show_in_the_test_split(tmp_path):
+    """A lesion's brightness is its class. With the two classes of the training split exchanged, every answer is wrong; a loop
+    that mixed labels and photos, or splits, would end near 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 60, (96, 2, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    pixels[::2] += 120
+    for n, pair in enumerate(pixels):
+        for kind, photo in zip("cd", pair):
+            Image.fromarray(photo.numpy()).save(tmp_path / f"{kind}{n}.png")
+    write(tmp_path / "pairs.csv", ["clinical", "dermoscopy", "lesion", "split"], [
+        (f"c{n}.png", f"d{n}.png", "ab"[(n + (n < 64)) % 2], data.SPLITS[max(0, n // 16 - 3)]) for n in range(96)])
+    found = train.main(["--data", str(tmp_path), "--cache", str(tmp_path / "cache"), *TINY, "--out", str(tmp_path / "run")])
+    assert found["test"]["fused"]["mean_auc"] < 0.05
+
+
+# --------------------------------------------------------------------------------------------------- failures that speak
+
+
+def test_loss_that_is_not_finite_names_the_cases(tiny, release, tmp_path):
+    with pytest.raises(RunError, match=r"the loss of epoch \d, batch \d is (nan|inf); its cases: \d+, .*last.pt is intact.*lower --lr"):
+        tiny("run", "--lr", "1e9", "--no-amp")
+
+
+def test_full_disk_keeps_the_last_checkpoint(finished, tiny, monkeypatch, tmp_path):
+    saved = []
+    def full(state, path):
+        if len(saved) == 1:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(torch_save(state, path))
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match=r"\.pt cannot be written.*No space left.*--resume"):
+        tiny("run")
+    monkeypatch.setattr(torch, "save", torch_save)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    train.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--device", "nonsense"], "--device nonsense: "),
+    (["--resume", "nowhere"], "nowhere: no run to go on with"),
+    (["--epochs", "3", "--swa-start", "2", "--out", "/dev/null/run"], "--out /dev/null/run cannot be written"),
+], ids=["device", "resume", "out"])
+def test_wrong_flags_are_one_sentence(flags, says, release, tmp_path):
+    arguments = flags if "--resume" in flags else ["--data", str(release), "--cache", str(tmp_path), *TINY, *flags]
+    with pytest.raises(RunError, match=says):
+        train.main(arguments)
+
+
+@pytest.mark.parametrize("flags", [["--w", "0.6"], ["--batch-size", "1"], ["--epochs", "0"], ["--swa-start", "5", "--epochs", "4"],
+                                   ["--image-size", "8"], ["--fusion", "none"], ["--epoch", "x"]], ids=" ".join)
+def test_flags_out_of_range_are_usage_errors(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(flags)
+    assert end.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, code, says", [
+    (RunError("no such run"), 2, "train.py: no such run"),
+    (data.DataError("no photo"), 2, "train.py: no photo"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 2, "--batch-size"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
+    (KeyboardInterrupt(), 130, "stopped"),
+], ids=["run", "data", "GPU memory", "memory", "Ctrl-C"])
+def test_the_program_ends_with_one_sentence(error, code, says, capsys):
+    with pytest.raises(SystemExit) as end, train.spoken_errors():
+        raise error
+    assert end.value.code == code and says in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a mistake of ours"), train.spoken_errors():
+        raise RuntimeError("a mistake of ours")
