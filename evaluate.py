@@ -1,11 +1,14 @@
-"""Evaluate: a run's predictions become the paper's tables, with intervals.
+"""Evaluate: a run's predictions become the paper's tables, honest statistics, and an answer for one lesion.
 
-    python evaluate.py RUN            the tables of a run, from the files in its folder alone
-    python evaluate.py RUN RUN ...    mean and standard deviation over runs
-    python evaluate.py RUN --data PATH   predict again from model.pt and the photos
+    python evaluate.py RUN                        tables and pictures of a run, from the files in its folder alone
+    python evaluate.py RUN --data PATH            predict again first, from model.pt and the photos; --tta: in six views
+    python evaluate.py RUN RUN ...                mean and standard deviation; runs that differ by more than the seed side by side
+    python evaluate.py RUN --against OTHER        is the difference more than chance?
+    python evaluate.py RUN --compare-paper        the figures of the PEMM paper beside ours
+    python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg       one lesion; with one photo, or two folders, too
 
-`train.py` ends with this, so a finished run has `predictions.csv`, a row per case and class with the probability of each
-branch, and `results.json`. Everything below is computed from those probabilities.
+`train.py` ends with the first, so a finished run has predictions.csv, a row per case and class with the probability of each
+branch, and results.json. Every number is computed from those probabilities; the test split decides nothing.
 
 Shapes: N lesions, T tasks, K classes of all tasks together, R resamples.
 """
@@ -13,40 +16,79 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import data
 import model
-from data import DataError
 
 STEP = 20  # the grid of fusion weights: multiples of 1/20 (ours: 203 validation cases cannot tell finer)
+RESAMPLES = 1000  # ours: of the bootstrap
+BINS = 15  # ours: of the calibration error
+MEANS = {"mean_auc": "AUC", "mean_accuracy": "accuracy", "mean_ap": "AP", "mean_macro_f1": "macro F1",
+         "mean_balanced_accuracy": "bal. acc.", "mean_malignant_auc": "malignant AUC"}  # of the last four only with one task
+
+# The paper's PEMM, % (Table 1, in the order of its columns; Table 2, in the order of our tasks). Both are the best of its
+# runs; the mean of five is 87.1 and 76.8 (Table 5).
+PAPER_AUC = (94.7, 93.0, 90.8, 94.9, 91.7, 86.7, 83.8, 90.1, 84.4, 79.4, 86.1, 84.9, 80.7, 84.0, 93.9, 88.5, 85.4)
+PAPER_ACCURACY = (77.7, 73.7, 76.0, 71.9, 83.0, 65.6, 88.9, 82.5)
+PAPER_MEANS = {"mean_auc": 87.6, "mean_accuracy": 77.4}
+# Table 4's PEMM rows, corrected. With the true test positives no confusion matrix gives the printed columns as labelled; all
+# eight fit if PRE and SEN change places and SPE is the negative predictive value. class -> (positives, TP, FP, AUC).
+PAPER_TABLE_4 = {"DIAG/MEL": (101, 66, 24, 90.9), "PN/ATP": (93, 53, 32, 83.8), "STR/IR": (94, 49, 36, 84.4),
+                 "PIG/IR": (124, 80, 37, 86.1), "RS/PRS": (106, 56, 17, 84.9), "DaG/IR": (177, 138, 56, 84.0),
+                 "BWV/PRS": (75, 55, 24, 93.9), "VS/IR": (30, 5, 10, 85.4)}
+TABLE_4_REMARK = ("In the paper PRE and SEN of these rows are exchanged and SPE is the negative predictive value: only so do integer "
+                  "confusion\nmatrices fit. Its 'sensitivity 64.1' is a precision; the sensitivity is 57.5.")
 
 
 class RunError(RuntimeError):
     """A run's folder that cannot be used; the message says why and what to do."""
 
 
+def find_device(name=None):
+    """cuda, else mps, else cpu, or the one that is named. Raises RunError if it does not work."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
 # ----------------------------------------------------------------------------------------------------------- predictions
+
+# Test-time augmentation of the authors' earlier code: as it is, three flips, two quarter turns of (B, 2, S, S, 3).
+VIEWS = (lambda x: x, lambda x: x.flip(3), lambda x: x.flip(2), lambda x: x.flip(2, 3),
+         lambda x: x.rot90(1, (2, 3)), lambda x: x.rot90(-1, (2, 3)))
 
 
 @torch.inference_mode()
-def predict(network, pixels, rows, device, amp, batch_size=48):
-    """Probabilities of lesions `rows` of `pixels`: a dict branch -> (N, K) float64, the tasks side by side."""
+def predict(network, pixels, rows, device, amp, tta=False, batch_size=48):
+    """Probabilities of lesions `rows` of `pixels`: a dict branch -> (N, K) float64, the tasks side by side.
+
+    tta   the mean of the log-probabilities over VIEWS
+    """
     network.eval()
-    found = {}
+    found = defaultdict(list)
     for part in torch.as_tensor(rows).split(batch_size):
-        clinical, dermoscopy = data.normalise(pixels[part.to(pixels.device)].to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            outputs = network(clinical, dermoscopy)
-        for branch, logits in outputs._asdict().items():
-            if logits is not None:
-                found.setdefault(branch, []).append(torch.cat([z.double().softmax(1) for z in logits], 1).cpu())
+        photos, sums = pixels[part.to(pixels.device)].to(device), {}
+        for view in VIEWS if tta else VIEWS[:1]:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                outputs = network(*data.normalise(view(photos)))
+            for branch, logits in outputs._asdict().items():
+                if logits is not None:
+                    z = [z.double().log_softmax(1) for z in logits]
+                    sums[branch] = [a + b for a, b in zip(sums[branch], z)] if branch in sums else z
+        for branch, logits in sums.items():
+            found[branch].append(torch.cat([(z / (len(VIEWS) if tta else 1)).softmax(1) for z in logits], 1).cpu())
     return {branch: torch.cat(parts).numpy() for branch, parts in found.items()}
 
 
@@ -59,14 +101,17 @@ def by_task(values, tasks):
     return np.split(values, np.cumsum([len(classes) for classes in tasks.values()])[:-1], -1)
 
 
+def softmax(logits, tasks):
+    parts = [np.exp(part - part.max(-1, keepdims=True)) for part in by_task(logits, tasks)]
+    return np.concatenate([part / part.sum(-1, keepdims=True) for part in parts], -1)
+
+
 def fuse(branches, weights, tasks):
     """Probabilities of the weighted average of the three branches' logits, as in FusionM4Net: (N, K).
 
     Log-probabilities are logits up to a constant per task, which the softmax takes out again.
     """
-    mixed = sum(weight * logs(branches[branch]) for branch, weight in weights.items())
-    parts = [part - np.logaddexp.reduce(part, -1, keepdims=True) for part in by_task(mixed, tasks)]
-    return np.exp(np.concatenate(parts, -1))
+    return softmax(sum(weight * logs(branches[branch]) for branch, weight in weights.items()), tasks)
 
 
 def search_weights(branches, labels, tasks):
@@ -126,7 +171,7 @@ def confusion(predicted, truth, classes, weights):
 
 def positives(tasks):
     """(task number, class number, name) of each column of Table 1: all classes but "absent", or but the first of two."""
-    return [(t, k, f"{task} {name}") for t, (task, classes) in enumerate(tasks.items()) for k, name in enumerate(classes)
+    return [(t, k, f"{task}/{name}") for t, (task, classes) in enumerate(tasks.items()) for k, name in enumerate(classes)
             if name != "absent" and (k > 0 or len(classes) > 2)]
 
 
@@ -171,12 +216,86 @@ def nanmean(values):
     return ratio(np.where(there, values, 0).sum(-1), there.sum(-1))
 
 
-def intervals(probabilities, labels, tasks, resamples=1000, seed=0):
-    """Bootstrap 95% intervals over lesions (percentiles) of every mean: name -> [low, high]."""
-    n = len(labels)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples).astype(float)
-    found = measure(probabilities, labels, tasks, weights)
-    return {name: np.nanpercentile(values, (2.5, 97.5)).tolist() for name, values in found.items() if name.startswith("mean_")}
+# ------------------------------------------------------------------------------------------------------------ statistics
+
+
+def resamples(n):
+    """Bootstrap over lesions: how often each of n counts in each resample, (R, n). Always the same, so runs can be paired."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
+
+
+def interval(values):
+    return np.nanpercentile(values, (2.5, 97.5)).tolist()
+
+
+def intervals(probabilities, labels, tasks):
+    """95% bootstrap interval of every mean: name -> [low, high]."""
+    found = measure(probabilities, labels, tasks, resamples(len(labels)))
+    return {name: interval(values) for name, values in found.items() if name.startswith("mean_")}
+
+
+def find_temperature(probabilities, labels, tasks):
+    """T of softmax(logits / T) with the lowest cross-entropy over all known labels; give it the validation split only."""
+    grid = np.geomspace(0.2, 5, 161)
+    costs = np.zeros(len(grid))
+    for i, temperature in enumerate(grid):
+        for t, part in enumerate(by_task(logs(softmax(logs(probabilities) / temperature, tasks)), tasks)):
+            known = labels[:, t] >= 0
+            costs[i] -= part[known, labels[known, t]].sum()
+    return float(grid[costs.argmin()])
+
+
+def reliability(probabilities, labels, tasks):
+    """Confidence and correctness of every prediction, all tasks pooled: per bin (count, mean confidence, share correct)."""
+    confidence, correct = [], []
+    for t, part in enumerate(by_task(probabilities, tasks)):
+        known = labels[:, t] >= 0
+        confidence.append(part[known].max(1))
+        correct.append(part[known].argmax(1) == labels[known, t])
+    confidence, correct = np.concatenate(confidence), np.concatenate(correct)
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    count = np.bincount(place, minlength=BINS)
+    return [[int(n), float(c), float(a)] for n, c, a in zip(count, ratio(np.bincount(place, confidence, BINS), count),
+                                                            ratio(np.bincount(place, correct, BINS), count)) if n]
+
+
+def calibration_error(bins):
+    """Expected calibration error: mean distance between confidence and accuracy, weighted by the bins' counts."""
+    return sum(n * abs(c - a) for n, c, a in bins) / sum(n for n, _, _ in bins)
+
+
+def subgroups(p, split="test"):
+    """Means of the last branch for each value of each column of metadata; ages in bands of 20 years."""
+    labels, branches = p.part(split)
+    probabilities, found = list(branches.values())[-1], {}
+    for column, values in p.metadata.items():
+        groups = defaultdict(list)
+        for n, value in enumerate(np.array(values)[p.split == split]):
+            if column.startswith("age") and value.replace(".", "", 1).isdigit():
+                low = int(float(value)) // 20 * 20
+                value = f"{low} to {low + 19}"
+            groups[value or "not given"].append(n)
+        for value, rows in sorted(groups.items()) if 1 < len(groups) <= 20 else ():
+            part = measure(probabilities[rows], labels[rows], p.tasks, np.ones((1, len(rows))))
+            there = sum(not np.isnan(each[0]) for each in part["auc"].values())  # classes with cases and others
+            found[f"{column} {value}"] = {"lesions": len(rows), "columns": there} | {
+                name: scalars(part[name]) for name in ("mean_auc", "mean_accuracy", "mean_malignant_auc") if name in part}
+    return found
+
+
+def difference(p, other):
+    """Paired bootstrap of two runs on the same test lesions: name -> (difference, [low, high], share of resamples above 0)."""
+    if p.tasks != other.tasks or [c for c, s in zip(p.cases, p.split) if s == "test"] != [
+            c for c, s in zip(other.cases, other.split) if s == "test"]:
+        raise RunError("the two runs have different tasks or test lesions; their difference would mean nothing")
+    (labels, ours), (_, theirs) = p.part("test"), other.part("test")
+    once, weights, found = np.ones((1, len(labels))), resamples(len(labels)), {}
+    plain, drawn = ([measure(list(branches.values())[-1], labels, p.tasks, w) for branches in (ours, theirs)] for w in (once, weights))
+    for name in MEANS:
+        if name in plain[0]:
+            gaps = drawn[0][name] - drawn[1][name]
+            found[name] = (float((plain[0][name] - plain[1][name])[0]), interval(gaps), float((gaps > 0).mean()))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- a run's files
@@ -193,9 +312,12 @@ def load_run(run, device):
         saved = torch.load(Path(run) / "model.pt", map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise RunError(f"{run}: no model.pt; is it a finished run? python train.py --resume {run} goes on with one") from error
+    except Exception as error:  # torch raises half a dozen types for a damaged file, none of them says which
+        raise RunError(f"{run}/model.pt is damaged ({error}); python train.py --resume {run} writes it anew") from error
+    saved["tasks"] = {task: tuple(classes) for task, classes in saved["tasks"].items()}
     network = model.make(saved["flags"], [len(classes) for classes in saved["tasks"].values()]).to(device)
     network.load_state_dict(saved["state"])
-    return network, saved
+    return network.eval(), saved
 
 
 class Predictions(NamedTuple):
@@ -204,7 +326,7 @@ class Predictions(NamedTuple):
     cases: list  # N names
     split: np.ndarray  # (N,) "valid" or "test"
     labels: np.ndarray  # (N, T), -1 unknown
-    branches: dict  # branch -> (N, K) probabilities
+    branches: dict  # branch -> (N, K) probabilities; "fused" is the last
     metadata: dict  # column -> N strings
 
     def part(self, split):
@@ -212,17 +334,17 @@ class Predictions(NamedTuple):
         return self.labels[rows], {branch: values[rows] for branch, values in self.branches.items()}
 
 
-def make_predictions(run, path, cache, device):
+def make_predictions(run, path, cache, device, tta):
     """Predict the validation and test lesions of the release at `path` with the network of the run."""
     network, saved = load_run(run, device)
-    flags, tasks = saved["flags"], {task: tuple(classes) for task, classes in saved["tasks"].items()}
+    flags, tasks = saved["flags"], saved["tasks"]
     release = data.read(path, flags["binary"])
     if release.tasks != tasks:
         raise RunError(f"{path} has the tasks {release.tasks}, but {run} learned {tasks}")
     pixels = torch.from_numpy(data.load(release, flags["image_size"], cache))
     rows = np.concatenate([release.rows("valid"), release.rows("test")])
     return Predictions(tasks, [release.cases[row] for row in rows], release.split[rows], release.labels[rows],
-                       predict(network, pixels, rows, device, flags["amp"]),
+                       predict(network, pixels, rows, device, flags["amp"], tta),
                        {column: [values[row] for row in rows] for column, values in release.metadata.items()})
 
 
@@ -248,43 +370,47 @@ def read_predictions(path):
             rows = list(csv.DictReader(file))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing: evaluate.py RUN --data PATH predicts again from model.pt") from error
-    tasks = {}
-    for row in rows:
-        if row["class"] in tasks.setdefault(row["task"], ()) :
-            break
+    K = next((n for n, row in enumerate(rows) if (row["case"], row["split"]) != (rows[0]["case"], rows[0]["split"])), len(rows))
+    tasks = defaultdict(tuple)
+    for row in rows[:K]:
         tasks[row["task"]] += (row["class"],)
-    K = sum(map(len, tasks.values()))
     first = rows[::K]  # one row a case
     truth = np.array([row["truth"] for row in rows]).reshape(-1, K)
     labels = np.stack([np.where((part == "1").any(1), (part == "1").argmax(1), -1) for part in by_task(truth, tasks)], 1)
     names = list(rows[0])[5:]
     branches = {name: np.array([float(row[name]) for row in rows]).reshape(-1, K) for name in names if name in (*model.BRANCHES, "fused")}
     metadata = {name: [row[name] for row in first] for name in names if name not in branches}
-    return Predictions(tasks, [row["case"] for row in first], np.array([row["split"] for row in first]), labels, branches, metadata)
+    return Predictions(dict(tasks), [row["case"] for row in first], np.array([row["split"] for row in first]), labels, branches, metadata)
 
 
-def evaluate_run(run, path=None, cache="runs/cache", device=torch.device("cpu")):
-    """Results of a run as a dict, also written to results.json; predictions.csv is made first if `path` is given."""
-    run = Path(run)
-    p = make_predictions(run, path, cache, device) if path else read_predictions(run / "predictions.csv")
+def evaluate_run(run, path=None, cache="runs/cache", device=None, tta=False):
+    """(results, Predictions) of a run; writes results.json, and predictions.csv first if `path` is given. With test-time
+    augmentation the two files are results-tta.json and predictions-tta.csv."""
+    run, suffix = Path(run), "-tta" * tta
+    table = run / f"predictions{suffix}.csv"
+    p = make_predictions(run, path, cache, find_device(device), tta) if path else read_predictions(table)
     p.branches.pop("fused", None)
-    weights = search_weights(*p.part("valid")[::-1], p.tasks)
+    labels, branches = p.part("valid")  # what is searched or fitted sees the validation split only
+    weights = search_weights(branches, labels, p.tasks)
     if len(p.branches) > 1:
         p.branches["fused"] = fuse(p.branches, weights, p.tasks)
+    last = list(p.branches)[-1]
+    results = {"weights": weights, "temperature": find_temperature(p.part("valid")[1][last], labels, p.tasks)}
     if path:
-        write_predictions(run / "predictions.csv", p)
-    results = {"weights": weights}
+        write_predictions(table, p)
     for split in ("valid", "test"):
         labels, branches = p.part(split)
-        once = np.ones((1, len(labels)))
         results[split] = {}
         for branch, values in branches.items():
-            found = measure(values, labels, p.tasks, once)
+            found = measure(values, labels, p.tasks, np.ones((1, len(labels))))
             results[split][branch] = {name: scalars(value) for name, value in found.items()}
             if split == "test":
                 results[split][branch]["intervals"] = intervals(values, labels, p.tasks)
-    write_whole(run / "results.json", json.dumps(results, indent=1))
-    return results
+    fitted = softmax(logs(branches[last]) / results["temperature"], p.tasks)
+    results["calibration"] = {"as it is": reliability(branches[last], labels, p.tasks), "fitted": reliability(fitted, labels, p.tasks)}
+    results["subgroups"] = subgroups(p)
+    write_whole(run / f"results{suffix}.json", json.dumps(results, indent=1))
+    return results, p
 
 
 def scalars(value):
@@ -296,57 +422,355 @@ def scalars(value):
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 
-def percent(value):
-    return "    -" if value is None else f"{100 * value:5.1f}"
+def percent(value, digits=1):
+    return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
-def print_tables(results):
+def print_table(title, columns, rows):
+    """Columns "task/class" get two lines of header, the task only where it changes; rows are (name, cells of text)."""
+    above, names = zip(*(column.rpartition("/")[::2] for column in columns))
+    tops = [top if n == 0 or above[n - 1] != top else "" for n, top in enumerate(above)]
+    widths = [max(map(len, (top, name, *(cells[n] for _, cells in rows)))) for n, (top, name) in enumerate(zip(tops, names))]
+    left = max(len(name) for name, _ in rows)
+    print(f"\n{title}")
+    for header in (tops, names):
+        if any(header):
+            print(" " * left + "".join(f"  {text:>{width}}" for text, width in zip(header, widths)).rstrip())
+    for name, cells in rows:
+        print(f"{name:{left}}" + "".join(f"  {text:>{width}}" for text, width in zip(cells, widths)))
+
+
+def with_paper(rows, paper, ours, compare):
+    """The rows, then the paper's and the difference, if the paper has these columns and they are asked for."""
+    if not compare or len(paper) != len(ours):
+        return rows
+    gaps = [f"{100 * our - each:+.1f}" if our is not None else "-" for each, our in zip(paper, ours)]
+    return [*rows, ("paper", [f"{each:.1f}" for each in paper]), ("difference", gaps)]
+
+
+def print_tables(results, compare=False):
     test = results["test"]
-    branches = list(test)
-    any_branch = test[branches[0]]
-    if len(branches) > 1:
-        print("weights searched on validation: " + ", ".join(f"{k} {v:.2f}" for k, v in results["weights"].items()))
-    print("\nTable 1: AUC, one class against the rest, test split (%)")
-    columns = list(any_branch["auc"])
-    width = [max(5, len(name.split()[-1])) for name in columns]
-    tasks = [name.rsplit(" ", 1)[0] for name in columns]
-    print(f"{'':11}" + " ".join(f"{task if n == 0 or tasks[n - 1] != task else '':>{w}}" for n, (task, w) in enumerate(zip(tasks, width))))
-    print(f"{'':11}" + " ".join(f"{name.split()[-1]:>{w}}" for name, w in zip(columns, width)) + "  mean  95% interval")
-    for branch in branches:
-        low, high = test[branch]["intervals"]["mean_auc"]
-        print(f"{branch:11}" + " ".join(f"{percent(value):>{w}}" for value, w in zip(test[branch]["auc"].values(), width)) +
-              f" {percent(test[branch]['mean_auc'])}  {100 * low:.1f} to {100 * high:.1f}")
-    print("\nTable 2: accuracy, test split (%)")
-    print(f"{'':11}" + " ".join(f"{task:>6}" for task in any_branch["accuracy"]) + "   mean  95% interval")
-    for branch in branches:
-        low, high = test[branch]["intervals"]["mean_accuracy"]
-        print(f"{branch:11}" + " ".join(f"{percent(value):>6}" for value in test[branch]["accuracy"].values()) +
-              f"  {percent(test[branch]['mean_accuracy'])}  {100 * low:.1f} to {100 * high:.1f}")
-    extra = [name for name in ("mean_macro_f1", "mean_balanced_accuracy", "mean_malignant_auc", "mean_ap")
-             if name in any_branch and len(any_branch["accuracy"]) == 1]
-    for name in extra:
-        print(f"\n{name}")
-        for branch in branches:
-            low, high = test[branch]["intervals"][name]
-            print(f"{branch:11} {percent(test[branch][name])}  {100 * low:.1f} to {100 * high:.1f}")
+    last = list(test)[-1]
+    columns, spc = list(test[last]["auc"]), list(test[last]["accuracy"]) == list(data.SPC)
+    if len(test) > 1:
+        print("weights of the fused prediction, searched on validation: " +
+              ", ".join(f"{branch} {weight:.2f}" for branch, weight in results["weights"].items()))
+    ours = [*test[last]["auc"].values(), test[last]["mean_auc"]]
+    rows = [(branch, [*map(percent, found["auc"].values()), percent(found["mean_auc"])]) for branch, found in test.items()]
+    print_table("Table 1: AUC, each class against the rest, test split (%)", [*columns, "mean"],
+                with_paper(rows, [*PAPER_AUC, PAPER_MEANS["mean_auc"]], ours, compare and spc))
+    if spc:
+        ours = [*test[last]["accuracy"].values(), test[last]["mean_accuracy"]]
+        rows = [(branch, [*map(percent, found["accuracy"].values()), percent(found["mean_accuracy"])]) for branch, found in test.items()]
+        print_table("Table 2: accuracy (%)", [*test[last]["accuracy"], "mean"],
+                    with_paper(rows, [*PAPER_ACCURACY, PAPER_MEANS["mean_accuracy"]], ours, compare))
+        rows, paper = [], paper_table_4()
+        for name in ("auc", "precision", "sensitivity", "specificity"):
+            ours = [test[last][name][column] for column in PAPER_TABLE_4]
+            mean = [None if None in ours else sum(ours) / len(ours)]
+            rows += [(f"{label}{name}", cells) for label, cells in with_paper(
+                [("", list(map(percent, ours + mean)))], paper[name], ours + mean, compare)]
+        print_table(f"Table 4: melanoma-related classes, {last} (%)", [*PAPER_TABLE_4, "mean"],
+                    [(name.replace("paper", "  paper, ").replace("difference", "  difference, "), cells) for name, cells in rows])
+        if compare:
+            print(TABLE_4_REMARK)
+    names = [name for name in MEANS if name in test[last] and (len(test[last]["accuracy"]) == 1 or name in PAPER_MEANS)]
+    print_table("means with 95% bootstrap intervals over the test lesions (%)", [MEANS[name] for name in names], [
+        (branch, [f"{percent(found[name])} ({' to '.join(map(percent, found['intervals'][name]))})" for name in names])
+        for branch, found in test.items()])
+    before, after = (100 * calibration_error(bins) for bins in results["calibration"].values())
+    print(f"\ncalibration error of {last}: {before:.1f}%; {after:.1f}% at the temperature {results['temperature']:.2f} fitted on validation")
+    if results["subgroups"]:
+        names = [name for name in MEANS if name in next(iter(results["subgroups"].values()))]
+        print_table(f"subgroups, {last} (%); a column without cases and others is not in the mean",
+                    ["lesions", "columns", *(MEANS[name] for name in names)],
+                    [(group, [str(each["lesions"]), str(each["columns"]), *(percent(each[name]) for name in names)])
+                     for group, each in results["subgroups"].items()])
+
+
+def paper_table_4():
+    """Table 4's PEMM rows, corrected: metric -> eight shares of 100 and their mean. The test split has 395 cases."""
+    rows = {"auc": [auc for *_, auc in PAPER_TABLE_4.values()],
+            "precision": [100 * tp / (tp + fp) for _, tp, fp, _ in PAPER_TABLE_4.values()],
+            "sensitivity": [100 * tp / n for n, tp, _, _ in PAPER_TABLE_4.values()],
+            "specificity": [100 * (1 - fp / (395 - n)) for n, _, fp, _ in PAPER_TABLE_4.values()]}
+    return {name: [*values, sum(values) / 8] for name, values in rows.items()}
+
+
+def print_groups(runs, results):
+    """Mean and standard deviation over seeds of the last branch; a row for each setting of the other flags."""
+    flags = [json.loads((Path(run) / "args.json").read_text())["flags"] for run in runs]
+    differ = [name for name in flags[0] if name not in ("seed", "out", "cache", "device") and len({str(each.get(name)) for each in flags}) > 1]
+    groups = defaultdict(list)
+    for each, result in zip(flags, results):
+        groups[", ".join(f"{name} {each.get(name)}" for name in differ) or "all runs"].append(list(result["test"].values())[-1])
+    names = [name for name in MEANS if all(name in found for group in groups.values() for found in group)]
+    if len(next(iter(results))["test"][list(results[0]["test"])[-1]]["accuracy"]) > 1:
+        names = [name for name in names if name in PAPER_MEANS]
+    def cell(values):
+        spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        return f"{100 * np.mean(values):.1f}{spread}"
+    print_table("mean ± standard deviation over runs, test split (%)", ["runs", *(MEANS[name] for name in names)],
+                [(group, [str(len(found)), *(cell([each[name] for each in found]) for name in names)]) for group, found in groups.items()])
+    if len(groups) == 1:
+        for kind in ("auc", "accuracy"):
+            columns = list(results[0]["test"]["fused" if "fused" in results[0]["test"] else list(results[0]["test"])[-1]][kind])
+            print_table(f"{kind} (%)", columns, [(branch, [cell([r["test"][branch][kind][column] for r in results
+                        if r["test"][branch][kind][column] is not None] or [np.nan]) for column in columns]) for branch in results[0]["test"]])
+    return {group: {name: [each[name] for each in found] for name in names} for group, found in groups.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ one lesion
+
+
+def answer(network, saved, results, clinical, dermoscopy, device):
+    """A dict branch -> (1, K) probabilities for one lesion, "fused" calibrated; of a photo that is None the branch is missing."""
+    size, tasks, network = saved["flags"]["image_size"], saved["tasks"], network.to(device)
+    photos = [data.decode(Path(path), size) for path in (clinical or dermoscopy, dermoscopy or clinical)]
+    branches = predict(network, torch.from_numpy(np.stack(photos))[None], [0], device, saved["flags"]["amp"])
+    if clinical and dermoscopy and len(branches) > 1:
+        branches["fused"] = softmax(logs(fuse(branches, results["weights"], tasks)) / results["temperature"], tasks)
+    elif not (clinical and dermoscopy):
+        kind = "clinical" if clinical else "dermoscopy"
+        if kind not in branches:
+            raise RunError(f"this run learned from the {' and '.join(branches)} photo only; give --{list(branches)[0]}")
+        branches = {kind: softmax(logs(branches[kind]) / results["temperature"], tasks)}
+    return branches
+
+
+def print_answer(branches, tasks):
+    last = list(branches)[-1]
+    labels = [part[0].argmax() for part in by_task(branches[last], tasks)]
+    for t, (task, classes) in enumerate(tasks.items()):
+        shown = " ".join(f"{name} {100 * p:.0f}%" for name, p in zip(classes, by_task(branches[last], tasks)[t][0]))
+        votes = {branch: classes[by_task(branches[branch], tasks)[t][0].argmax()] for branch in branches if branch != last}
+        differ = ", ".join(f"{branch} {name}" for branch, name in votes.items() if name != classes[labels[t]])
+        print(f"{task:6} {classes[labels[t]]:10} {shown}" + f"   (but {differ})" * bool(differ))
+    if tasks.keys() >= data.SPC.keys():
+        score = data.seven_point_score(tasks, labels)
+        print(f"seven-point score of these criteria: {score} ({'3 or more: suspicious' if score >= 3 else 'less than 3'})")
+    return labels
+
+
+def look(network, photos, branch, labels, device, point):
+    """Where the answer of a branch comes from: a gradient map (S, S) of each photo, and what a point of each reads of the other.
+
+    The map is the gradient of the summed log-probabilities of the predicted classes with respect to the pixels, its size
+    blurred. The attention is that after the second stage (H/8), of `point` (x, y from 0 to 1) or of each map's highest place.
+    """
+    inputs, seen = [photo.requires_grad_() for photo in data.normalise(torch.from_numpy(photos)[None].to(device))], {}
+    attention = network.attentions[1] if getattr(network, "attentions", None) else None
+    hook = attention and attention.register_forward_pre_hook(lambda module, maps: seen.update(maps=maps))
+    logits = getattr(network(*inputs), branch if branch in model.BRANCHES else "fusion")
+    sum(z.log_softmax(1)[0, label] for z, label in zip(logits, labels)).backward()
+    maps, reads = [], []
+    for photo in inputs:
+        size = torch.zeros(photo.shape[-2:]) if photo.grad is None else photo.grad[0].abs().sum(0).cpu()
+        image = Image.fromarray((255 * size / size.max().clamp(min=1e-30)).byte().numpy())
+        maps.append(np.asarray(image.filter(ImageFilter.GaussianBlur(len(size) / 32)), np.float32))
+    if hook:
+        hook.remove()
+        H, W = seen["maps"][0].shape[2:]
+        for side, gradient in enumerate(maps):
+            x, y = point or (np.array(np.unravel_index(gradient.argmax(), gradient.shape))[::-1] / len(gradient))
+            with torch.no_grad():
+                weights = attention.weights_at(*seen["maps"], min(int(y * H), H - 1), min(int(x * W), W - 1))[side][0]
+            reads.append((weights.float().cpu().numpy() * H * W, (x, y)))  # 1: as much as if it read every place alike
+    return maps, reads
+
+
+def draw_answer(panels, branches, tasks, labels):
+    """The picture of one lesion, 1,200 pixels wide: panels (photo, title, heat from 0 to 1, mark) and the predicted classes."""
+    side, gap, caption, font = 288, 10, 26, ImageFont.load_default(15)
+    bars = 21 * sum(map(len, tasks.values())) + 6 * len(tasks) + gap
+    sheet = Image.new("RGB", (1200, 2 * gap + side + caption + max(side + caption + gap, bars)), "white")
+    draw, last = ImageDraw.Draw(sheet), list(branches)[-1]
+    for n, (photo, title, heat, mark) in enumerate(panels):
+        image = Image.fromarray(photo).resize((side, side), Image.BICUBIC)
+        left, top = gap + n % 4 * (side + gap), gap + n // 4 * (side + caption + gap)
+        if heat is not None:
+            m = np.asarray(Image.fromarray(heat).resize((side, side), Image.BICUBIC)).clip(0, 1)[..., None]
+            glow = np.concatenate((np.full_like(m, 255), 230 * m ** 2, np.zeros_like(m)), 2)
+            image = Image.fromarray((np.asarray(image) * (1 - 0.75 * m) + glow * 0.75 * m).astype(np.uint8))
+        sheet.paste(image, (left, top))
+        draw.text((left, top + side + 3), title, "black", font)
+        if mark is not None:
+            x, y = left + mark[0] * side, top + mark[1] * side
+            draw.ellipse((x - 7, y - 7, x + 7, y + 7), outline=(0, 255, 255), width=3)
+    y, left = gap + side + caption + gap, 2 * (side + gap) + gap
+    for t, (task, classes) in enumerate(tasks.items()):
+        draw.text((left, y), task, "black", font)
+        for k, (name, value) in enumerate(zip(classes, by_task(branches[last], tasks)[t][0])):
+            colour = (200, 30, 30) if k == labels[t] else (110, 110, 110)
+            draw.text((left + 60, y), name, colour, font)
+            draw.rectangle((left + 170, y + 3, left + 170 + 320 * value, y + 15), fill=colour)
+            draw.text((left + 180 + 320 * value, y), f"{100 * value:.0f}%", colour, font)
+            y += 21
+        y += 6
+    return sheet
+
+
+def one_lesion(run, clinical, dermoscopy, device, point):
+    """Answer for one lesion, or for two folders of photos of the same names; returns the branches' probabilities."""
+    device = find_device(device)
+    network, saved = load_run(run, device)
+    try:
+        results = json.loads((Path(run) / "results.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run}/results.json cannot be read ({error}); python evaluate.py {run} writes it") from error
+    if any(path and Path(path).is_dir() for path in (clinical, dermoscopy)):
+        return folder_of_lesions(run, network, saved, results, clinical, dermoscopy, device)
+    branches, tasks = answer(network, saved, results, clinical, dermoscopy, device), saved["tasks"]
+    both, last = clinical and dermoscopy, list(branches)[-1]
+    if not both:
+        print(f"only the {last} photo: the answer of its branch, which sees that photo in both places, as with the nine derm7pt "
+              "cases that have one file for both")
+    labels, paths = print_answer(branches, tasks), [Path(clinical or dermoscopy), Path(dermoscopy or clinical)]
+    photos = np.stack([data.decode(path, saved["flags"]["image_size"]) for path in paths])
+    maps, reads = look(network, photos, last, labels, device, point)
+    shown, panels = [data.decode(path, 288) for path in paths], []
+    for n, kind in enumerate(("clinical", "dermoscopy") if both else (last,)):
+        panels += [(shown[n], kind, None, reads[n][1] if both and reads else None),
+                   (shown[n], f"what counts in the {kind} photo", maps[n] / max(maps[n].max(), 1e-30), None)]
+    for (weights, _), photo, kind in zip(reads if both else (), shown[::-1], ("clinical", "dermoscopy")):
+        panels.append((photo, f"read by the {kind} point ({weights.max():.1f}x even)", (weights - 1) / max(2, weights.max() - 1), None))
+    path = Path(run) / f"lesion-{paths[0].stem}.png"
+    draw_answer(panels, branches, tasks, labels).save(path)
+    print(f"picture: {path}. Research software, not a medical device.")
+    return branches
+
+
+def folder_of_lesions(run, network, saved, results, clinical, dermoscopy, device):
+    """Photos of the same name (without ending) in two folders are a lesion; a CSV with a row per lesion and class."""
+    if not (clinical and dermoscopy and Path(clinical).is_dir() and Path(dermoscopy).is_dir()):
+        raise RunError("give two folders, --clinical DIR --dermoscopy DIR, with photos of the same names")
+    photos = [{path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
+              for folder in (clinical, dermoscopy)]
+    if alone := sorted(photos[0].keys() ^ photos[1].keys()):
+        raise RunError(f"{len(alone)} photos have no partner of the same name: {', '.join(alone[:10])}")
+    if not photos[0]:
+        raise RunError(f"{clinical}: no photos")
+    found = [answer(network, saved, results, path, photos[1][stem], device) for stem, path in photos[0].items()]
+    branches = {branch: np.concatenate([each[branch] for each in found]) for branch in found[0]}
+    path, none = Path(run) / "lesions.csv", np.full((len(found), len(saved["tasks"])), -1)
+    write_predictions(path, Predictions(saved["tasks"], list(photos[0]), np.full(len(found), ""), none, branches, {}))
+    print(f"{len(found)} lesions: {path}. Research software, not a medical device.")
+    return branches
+
+
+# ------------------------------------------------------------------------------------------------- curves, if matplotlib
+
+
+def draw_curves(run, results, p):
+    """curves.png, roc.png, confusion.png and reliability.png in the run's folder, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    except ImportError:
+        print("\nmatplotlib is not installed: no curves.png, roc.png, confusion.png, reliability.png")
+        return
+    from sklearn.metrics import roc_curve
+    run, (labels, branches) = Path(run), p.part("test")
+    last = list(branches)[-1]
+    parts = by_task(branches[last], p.tasks)
+
+    with open(run / "log.csv", newline="") as file:
+        log = list(csv.DictReader(file))
+    figure = Figure((9, 3.5), layout="constrained")
+    for axes, names in zip(figure.subplots(1, 2), (("loss", *(f"loss_{branch}" for branch in model.BRANCHES)), ("valid_auc", "valid_accuracy"))):
+        for name in names:
+            if name in log[0]:
+                axes.plot([int(row["epoch"]) for row in log], [float(row[name]) for row in log], label=name.replace("_", " "))
+        axes.legend(), axes.set_xlabel("epoch")
+    figure.savefig(run / "curves.png", dpi=150)
+
+    T = len(p.tasks)
+    figure, tall = Figure((4 * min(T, 4), 3.6 * -(-T // 4)), layout="constrained"), -(-T // 4)
+    for t, (axes, (task, classes)) in enumerate(zip(figure.subplots(tall, min(T, 4), squeeze=False).flat, p.tasks.items())):
+        known = labels[:, t] >= 0
+        for _, k, name in (each for each in positives(p.tasks) if each[0] == t):
+            value = results["test"][last]["auc"][name]
+            if value is not None:
+                axes.plot(*roc_curve(labels[known, t] == k, parts[t][known, k])[:2], label=f"{classes[k]} {100 * value:.1f}")
+        axes.plot([0, 1], [0, 1], ":", color="grey"), axes.legend(loc="lower right"), axes.set_title(task)
+        axes.set_xlabel("1 - specificity"), axes.set_ylabel("sensitivity")
+    figure.savefig(run / "roc.png", dpi=150)
+
+    figure = Figure((4 * min(T, 4), 4 * tall), layout="constrained")
+    for t, (axes, (task, classes)) in enumerate(zip(figure.subplots(tall, min(T, 4), squeeze=False).flat, p.tasks.items())):
+        known = labels[:, t] >= 0
+        matrix = confusion(parts[t][known].argmax(1), labels[known, t], len(classes), np.ones((1, known.sum())))[0]
+        axes.imshow(ratio(matrix, matrix.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+        for i, j in np.ndindex(*matrix.shape):
+            axes.text(j, i, int(matrix[i, j]), ha="center", va="center", color="white" if matrix[i, j] > matrix[i].sum() / 2 else "black")
+        axes.set_xticks(range(len(classes)), classes, rotation=45), axes.set_yticks(range(len(classes)), classes)
+        axes.set_title(task), axes.set_xlabel("predicted"), axes.set_ylabel("true")
+    figure.savefig(run / "confusion.png", dpi=150)
+
+    figure = Figure((4.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, bins in results["calibration"].items():
+        axes.plot([c for _, c, _ in bins], [a for _, _, a in bins], "o-", label=f"{name}: {100 * calibration_error(bins):.1f}%")
+    axes.plot([0, 1], [0, 1], ":", color="grey"), axes.legend(title="calibration error")
+    axes.set_xlabel("confidence"), axes.set_ylabel("share correct")
+    figure.savefig(run / "reliability.png", dpi=150)
+
+
+def draw_sweep(path, groups):
+    """Table 7 as a picture: the means over runs against W."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure((8, 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), PAPER_MEANS):
+        ws = sorted((float(group.split()[-1]), values[name]) for group, values in groups.items())
+        axes.errorbar([w for w, _ in ws], [100 * np.mean(v) for _, v in ws], [100 * np.std(v, ddof=len(v) > 1) for _, v in ws], fmt="o-")
+        axes.set_xlabel("W of Eq. 3"), axes.set_ylabel(f"{MEANS[name]} (%)")
+    figure.savefig(path, dpi=150)
+    print(f"picture: {path}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="A run's predictions become the paper's tables.")
+    """Prints what the flags ask for; returns the results of the (first) run, or the probabilities of one lesion."""
+    parser = argparse.ArgumentParser(description="A run's predictions become the paper's tables, and an answer for one lesion.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--data", help="predict again, from model.pt and the release at this path")
-    parser.add_argument("--cache", default="runs/cache", help="folder of the decoded photos (default %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where to predict (default %(default)s)")
+    parser.add_argument("--data", metavar="PATH", help="predict again, from model.pt and the release at this path")
+    parser.add_argument("--tta", action="store_true", help="mean over six views of each photo; with --data")
+    parser.add_argument("--cache", default="runs/cache", metavar="DIR", help="folder of the decoded photos [%(default)s]")
+    parser.add_argument("--device", help="where to predict [cuda, else mps, else cpu]")
+    parser.add_argument("--compare-paper", action="store_true", help="the paper's figures beside ours")
+    parser.add_argument("--against", metavar="OTHER", help="paired bootstrap of the difference from this run")
+    parser.add_argument("--clinical", metavar="PHOTO", help="one lesion: its clinical photo, or a folder of them")
+    parser.add_argument("--dermoscopy", metavar="PHOTO", help="one lesion: its dermoscopy photo, or a folder of them")
+    parser.add_argument("--point", nargs=2, type=float, metavar=("X", "Y"), help="one lesion: whose attention is drawn, 0 to 1 each")
     args = parser.parse_args(argv)
-    results = {}
-    for run in args.runs:
-        results[run] = evaluate_run(run, args.data, args.cache, torch.device(args.device))
-        print_tables(results[run])
-    return results[args.runs[0]]
+    if args.tta and not args.data:
+        parser.error("--tta predicts again, so it needs --data")
+    if args.point and not all(0 <= each <= 1 for each in args.point):
+        parser.error("--point goes from 0 0, the upper left corner, to 1 1")
+    if args.clinical or args.dermoscopy:
+        return one_lesion(args.runs[0], args.clinical, args.dermoscopy, args.device, args.point)
+    found = [evaluate_run(run, args.data, args.cache, args.device, args.tta) for run in args.runs]
+    results = [each for each, _ in found]
+    if len(found) == 1:
+        print_tables(results[0], args.compare_paper)
+        draw_curves(args.runs[0], *found[0])
+    else:
+        groups = print_groups(args.runs, results)
+        if all(group.startswith("w ") and "," not in group for group in groups):
+            draw_sweep(Path(args.runs[0]) / "w-sweep.png", groups)
+    if args.against:
+        print()
+        other = evaluate_run(args.against)[1]
+        for name, (gap, (low, high), above) in difference(found[0][1], other).items():
+            print(f"{MEANS[name]}: {args.runs[0]} - {args.against} = {100 * gap:+.1f} points, 95% interval {100 * low:+.1f} to "
+                  f"{100 * high:+.1f}; above 0 in {100 * above:.0f}% of the resamples")
+    return results[0]
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, RunError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    except (data.DataError, RunError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -138,16 +138,6 @@ def complete(flags, release):
     return flags
 
 
-def find_device(name):
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
-
-
 def has_bfloat16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -232,7 +222,7 @@ def main(argv=None):
     """Train and evaluate; returns the results that results.json holds. Raises RunError, data.DataError, WeightsError."""
     given = parse(argv)
     flags, run = settle(given)
-    device = find_device(flags["device"])
+    device = evaluate.find_device(flags["device"])
     if flags["data"] is None:
         path = data.synthesize(f"runs/synthetic-spc-{DEMO['cases']}", **DEMO)
         print(f"no --data: a demo on the synthetic SPC in {path}")
