@@ -8,7 +8,7 @@ import data
 
 def close(ours, theirs, tolerance=1e-9):
     """Fails with the largest difference, relative to the largest value, if it is above the tolerance."""
-    ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).detach().double()
+    ours, theirs = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (ours, theirs))
     assert ours.shape == theirs.shape, f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
     assert ours.isfinite().all(), "not finite"
     difference, scale = (ours - theirs).abs(), theirs.abs().max().clamp(min=1e-300)
