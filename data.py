@@ -28,8 +28,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -173,22 +172,17 @@ def read_table(path, *required):
     return rows
 
 
-def locate(folder, name, where):
+def photo_index(folder):
+    """Every photo below `folder`: its relative path in lower case -> its path. Linked folders are not entered: no loops."""
+    return {Path(parent, name).relative_to(folder).as_posix().lower(): Path(parent, name)
+            for parent, _, names in os.walk(folder) for name in sorted(names)}
+
+
+def locate(folder, index, name, where):
     """The file `name` below `folder`, whatever the case of its letters; if there is none, the path where it should be."""
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"{where}: {name!r} is not a path below {folder}")
-    path = folder
-    for part in Path(name).parts:
-        path = path / part if (path / part).exists() else path / listing(path).get(part.lower(), part)
-    return path
-
-
-@lru_cache
-def listing(folder):
-    try:
-        return {name.lower(): name for name in sorted(os.listdir(folder))}
-    except OSError:
-        return {}
+    return index.get(Path(name).as_posix().lower(), folder / name)
 
 
 def unknown(text):
@@ -207,8 +201,9 @@ def read_spc(folder):
         raise DataError("labels that derm7pt does not have; correct them, or leave them empty for unknown:\n  " +
                         "\n  ".join(strange))
     tasks = {task: tuple(classes) for task, (_, classes) in SPC.items()}
-    lesions = [Lesion(row.get("case_num") or str(n), locate(folder / "images", row["clinic"], row["where"]),
-                      locate(folder / "images", row["derm"], row["where"]),
+    images, index = folder / "images", photo_index(folder / "images")
+    lesions = [Lesion(row.get("case_num") or str(n), locate(images, index, row["clinic"], row["where"]),
+                      locate(images, index, row["derm"], row["where"]),
                       [numbers[column][texts[column]] for column in numbers], row)
                for n, (row, texts) in enumerate(zip(rows, clean))]
     for split in SPLITS:
@@ -288,9 +283,7 @@ def pair_up(folder, table, notes):
     Of several photos of a type a close-up goes first, then the lowest isic_id. Images without lesion_id or of another type
     (TBP tiles) cannot be paired and are left out; `notes` says how many.
     """
-    # Every photo below the folder by its name in lower case, without ending. os.walk enters no linked folder: no loops.
-    paths = {Path(name).stem.lower(): Path(parent, name) for parent, _, names in os.walk(folder) for name in sorted(names)
-             if name.lower().endswith((".jpg", ".jpeg", ".png"))}
+    paths = {Path(name).stem: path for name, path in photo_index(folder).items() if name.endswith((".jpg", ".jpeg", ".png"))}
     rows = read_table(table, "isic_id", "lesion_id", "image_type")
     found = defaultdict(lambda: {"clinical": {}, "dermoscop": {}})
     for row in rows:
@@ -322,12 +315,12 @@ def read_pairs(table):
         tasks[column] = tuple(classes)
     if not tasks:
         raise DataError(f"{table}: no column of labels besides {', '.join(list(rows[0])[:-1])}")
-    lesions = []
+    lesions, index = [], photo_index(table.parent)
     for n, row in enumerate(rows):
         split = {"val": "valid", "validation": "valid"}.get(row.get("split", "").lower(), row.get("split", "").lower())
         if split not in SPLITS and (split or lesions and lesions[0].split):
             raise DataError(f"{row['where']}: split is {row['split']!r}; write train, valid or test in every row, or in none")
-        files = [Path(row[kind]) if Path(row[kind]).is_absolute() else locate(table.parent, row[kind], row["where"])
+        files = [Path(row[kind]) if Path(row[kind]).is_absolute() else locate(table.parent, index, row[kind], row["where"])
                  for kind in ("clinical", "dermoscopy")]
         lesions.append(Lesion(str(n + 1), *files, [-1 if unknown(row[task]) else classes.index(row[task])
                                                    for task, classes in tasks.items()], row, split, row.get("patient", "")))

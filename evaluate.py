@@ -498,43 +498,47 @@ def paper_table_4():
 
 
 def print_groups(runs, results):
-    """Mean and standard deviation over seeds of the last branch; a row for each setting of the other flags."""
+    """Mean and standard deviation over seeds of the last branch, a row for each setting of the other flags; returns their values."""
     flags = [json.loads((Path(run) / "args.json").read_text())["flags"] for run in runs]
-    differ = [name for name in flags[0] if name not in ("seed", "out", "cache", "device") and len({str(each.get(name)) for each in flags}) > 1]
+    differ = [flag for flag in flags[0] if flag not in ("seed", "out", "cache", "device", "data")
+              and len({str(each.get(flag)) for each in flags}) > 1]
     groups = defaultdict(list)
     for each, result in zip(flags, results):
-        groups[", ".join(f"{name} {each.get(name)}" for name in differ) or "all runs"].append(list(result["test"].values())[-1])
-    names = [name for name in MEANS if all(name in found for group in groups.values() for found in group)]
-    if len(next(iter(results))["test"][list(results[0]["test"])[-1]]["accuracy"]) > 1:
-        names = [name for name in names if name in PAPER_MEANS]
+        groups[", ".join(f"{flag} {each.get(flag)}" for flag in differ) or "all runs"].append(result["test"])
+
     def cell(values):
-        spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        return f"{100 * np.mean(values):.1f}{spread}"
+        values = [100 * value for value in values if value is not None]
+        return f"{np.mean(values):.1f}" + f" ± {np.std(values, ddof=1):.1f}" * (len(values) > 1) if values else "-"
+
+    first = list(results[0]["test"].values())[-1]
+    names = [name for name in MEANS if name in first and (len(first["accuracy"]) == 1 or name in PAPER_MEANS)]
+    values = {group: {name: [list(test.values())[-1][name] for test in tests] for name in names} for group, tests in groups.items()}
     print_table("mean ± standard deviation over runs, test split (%)", ["runs", *(MEANS[name] for name in names)],
-                [(group, [str(len(found)), *(cell([each[name] for each in found]) for name in names)]) for group, found in groups.items()])
-    if len(groups) == 1:
-        for kind in ("auc", "accuracy"):
-            columns = list(results[0]["test"]["fused" if "fused" in results[0]["test"] else list(results[0]["test"])[-1]][kind])
-            print_table(f"{kind} (%)", columns, [(branch, [cell([r["test"][branch][kind][column] for r in results
-                        if r["test"][branch][kind][column] is not None] or [np.nan]) for column in columns]) for branch in results[0]["test"]])
-    return {group: {name: [each[name] for each in found] for name in names} for group, found in groups.items()}
+                [(group, [str(len(groups[group])), *(cell(values[group][name]) for name in names)]) for group in groups])
+    for kind in ("auc", "accuracy") if len(groups) == 1 else ():
+        print_table(f"{kind}, mean ± standard deviation (%)", [*first[kind], "mean"], [
+            (branch, [*(cell([r["test"][branch][kind][column] for r in results]) for column in first[kind]),
+                      cell([r["test"][branch][f"mean_{kind}"] for r in results])]) for branch in results[0]["test"]])
+    return values
 
 
 # ------------------------------------------------------------------------------------------------------------ one lesion
 
 
 def answer(network, saved, results, clinical, dermoscopy, device):
-    """A dict branch -> (1, K) probabilities for one lesion, "fused" calibrated; of a photo that is None the branch is missing."""
+    """A dict branch -> (1, K) probabilities for one lesion, the last one calibrated: "fused", or the branch of the only photo."""
     size, tasks, network = saved["flags"]["image_size"], saved["tasks"], network.to(device)
     photos = [data.decode(Path(path), size) for path in (clinical or dermoscopy, dermoscopy or clinical)]
     branches = predict(network, torch.from_numpy(np.stack(photos))[None], [0], device, saved["flags"]["amp"])
-    if clinical and dermoscopy and len(branches) > 1:
-        branches["fused"] = softmax(logs(fuse(branches, results["weights"], tasks)) / results["temperature"], tasks)
-    elif not (clinical and dermoscopy):
+    if not (clinical and dermoscopy):
         kind = "clinical" if clinical else "dermoscopy"
         if kind not in branches:
-            raise RunError(f"this run learned from the {' and '.join(branches)} photo only; give --{list(branches)[0]}")
-        branches = {kind: softmax(logs(branches[kind]) / results["temperature"], tasks)}
+            raise RunError(f"this run learned from the {list(branches)[0]} photo only; give --{list(branches)[0]}")
+        branches = {kind: branches[kind]}
+    elif len(branches) > 1:
+        branches["fused"] = fuse(branches, results["weights"], tasks)
+    last = list(branches)[-1]
+    branches[last] = softmax(logs(branches[last]) / results["temperature"], tasks)
     return branches
 
 

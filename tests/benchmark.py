@@ -1,0 +1,197 @@
+"""Benchmarks, not tests: what our code costs beside something that it can be compared with, in one process, in turns.
+
+    python tests/benchmark.py encoders     each hand-written encoder beside torchvision's, forward and backward
+    python tests/benchmark.py attention    one cross-attention beside the plain formula and torch's own kernel
+    python tests/benchmark.py step         a training step of PEMM beside the bare encoder's and the plain formula's
+    python tests/benchmark.py data         decoding, reading the cache, augmenting, beside a loop over photos
+    python tests/benchmark.py train        the training loop beside bare forward and backward on one fixed batch
+
+Ratios are medians over rounds in which each candidate runs once, so that a slow moment of the machine hits all alike.
+"""
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import backbones
+import data
+import model
+import shared_attention
+import train
+from loss import biased_loss
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(function):
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(title, candidates, rounds):
+    """Prints the median seconds of each candidate, and its median ratio to the first."""
+    for function in candidates.values():
+        function()
+    times = {name: [] for name in candidates}
+    for number in range(rounds):
+        for name in list(candidates)[::1 if number % 2 else -1]:
+            times[name].append(seconds(candidates[name]))
+    first = next(iter(times))
+    print(f"{title:34}" + "   ".join(
+        f"{name} {statistics.median(each):.3f} s" + f" ({statistics.median(a / b for a, b in zip(each, times[first])):.2f}x)" * (name != first)
+        for name, each in times.items()), flush=True)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def step(parameters, bf16, function):
+    """Forward and backward of a function that returns a tensor; the gradients are then dropped."""
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+        out = function()
+    out.float().square().mean().backward()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def encoders(rounds, batch):
+    print(f"forward and backward, {batch} images of 224 x 224, {DEVICE}; ratio to torchvision")
+    for name in ("swin_t", "swin_v2_t", "convnext_t"):
+        twin, encoder = backbones.torchvision_twin(name).to(DEVICE).train(), backbones.build(name).to(DEVICE).train()
+        head = [module for module in twin.modules() if isinstance(module, nn.Linear)][-1]
+        x = torch.randn(batch, 3, 224, 224, device=DEVICE)
+        for compiled in (False, True) if DEVICE.type == "cuda" else (False,):
+            theirs, ours = (torch.compile(twin), torch.compile(encoder)) if compiled else (twin, encoder)
+            for bf16 in (False, True):
+                compare(f"{name} {'bfloat16' if bf16 else 'float32'}{' compiled' * compiled}", {
+                    "torchvision": partial(step, list(twin.parameters()), bf16, lambda: theirs(x)),
+                    "ours": partial(step, [*encoder.parameters(), *head.parameters()], bf16, lambda: head(encoder.pool(ours(x)[-1])))}, rounds)
+
+
+def plain(q, k, v, scale):
+    return (q @ k.transpose(1, 2) * scale).softmax(-1) @ v
+
+
+def padded(q, k, v, scale):
+    """torch's kernel with q and k padded to v's width, without which it falls back to one that builds the whole map."""
+    wide = [F.pad(x, (0, v.shape[-1] - x.shape[-1]))[:, None] for x in (q, k)]
+    return F.scaled_dot_product_attention(*wide, v[:, None], scale=scale)[:, 0]
+
+
+def attention(rounds, batch):
+    print(f"one attention, forward and backward, {2 * batch} images, {DEVICE}; ratio to the plain formula")
+    for side, channels in ((56, 96), (28, 192), (14, 384)):
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, v = (torch.randn(2 * batch, side ** 2, width, device=DEVICE, dtype=dtype, requires_grad=True)
+                       for width in (channels // 8, channels // 8, channels))
+            compare(f"{side} x {side}, {channels} channels, {str(dtype)[6:]}", {
+                name: partial(step, [q, k, v], False, lambda function=function: function(q, k, v, 0.3))
+                for name, function in (("plain", plain), ("padded", padded), ("ours", shared_attention.attend))}, rounds)
+
+
+def pemm_step(kind, bf16, batch):
+    """A function that takes one training step of the bare encoder ("bare"), of PEMM ("ours") or with plain attention."""
+    torch.manual_seed(0)
+    clinical, dermoscopy = torch.randn(2, batch, 3, 224, 224, device=DEVICE)
+    labels = torch.stack([torch.randint(0, n, (batch,), device=DEVICE) for n in model.SPC_CLASSES], 1)
+    network = (backbones.build("swin_t") if kind == "bare" else model.PEMM("swin_t")).to(DEVICE).train()
+    ours = shared_attention.attend
+    def run():
+        shared_attention.attend = plain if kind == "plain" else ours
+        step(list(network.parameters()), bf16, lambda: network.pool(network(torch.cat((clinical, dermoscopy)))[-1]) if kind == "bare"
+             else biased_loss(network(clinical, dermoscopy), labels).total)
+        shared_attention.attend = ours
+    return run
+
+
+def peak(queue, kind, bf16, batch):
+    """Peak memory of a step above what the process holds before it, in bytes; in a process of its own."""
+    def host(name):  # Linux: the memory now, VmRSS, or at its highest, VmHWM
+        return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+    run = pemm_step(kind, bf16, batch)
+    before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else host("VmRSS")
+    run(), run()
+    queue.put((torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else host("VmHWM")) - before)
+
+
+def pemm(rounds, batch):
+    print(f"a training step of PEMM-Swin-T, {batch} pairs of 224 x 224, {DEVICE}; ratio to the bare encoder on the same images")
+    for bf16 in (False, True):
+        name = "bfloat16" if bf16 else "float32"
+        compare(name, {kind: pemm_step(kind, bf16, batch) for kind in ("bare", "plain", "ours")}, rounds)
+        context, found = multiprocessing.get_context("spawn"), {}
+        for kind in ("bare", "plain", "ours"):
+            queue = context.Queue()
+            process = context.Process(target=peak, args=(queue, kind, bf16, batch))
+            process.start()
+            found[kind] = queue.get()
+            process.join()
+        print(f"{name + ', peak memory':34}" + "   ".join(f"{kind} {value / 2 ** 20:,.0f} MiB ({value / found['bare']:.2f}x)"
+                                                          for kind, value in found.items()), flush=True)
+
+
+def photos(rounds, batch):
+    with tempfile.TemporaryDirectory() as folder:
+        release = data.read(data.synthesize(Path(folder) / "spc", cases=200, height=512))
+        print(f"200 pairs of 768 x 512: decoded {400 / seconds(lambda: data.load(release, 224, folder)):,.0f} photos/s, "
+              f"found again {400 / seconds(lambda: data.load(release, 224, folder)):,.0f} photos/s")
+        pixels = torch.from_numpy(data.load(release, 224, folder))
+        rows, generator = torch.randint(0, 200, (24,)), torch.Generator()
+        def one_by_one():
+            for row in rows:
+                data.augment(torch.from_numpy(data.np.stack([data.decode(path, 224) for path in release.photos[row]]))[None], generator)
+        compare("24 pairs, decoded and augmented", {"photo by photo": one_by_one, "ours": lambda: data.augment(pixels[rows].to(DEVICE), generator)},
+                rounds)
+
+
+def training(rounds, batch):
+    """Images per second of train.fit's loop as a share of forward and backward alone, with the demo's network and sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        path = data.synthesize(folder / "spc", cases=1011, height=128)
+        release = data.read(path)
+        flags, _ = train.settle(train.parse(["--device", DEVICE.type, "--epochs", "4"]))
+        flags = train.complete(flags, release) | {"amp": train.has_bfloat16(DEVICE), "cache": str(folder)}
+        pixels = torch.from_numpy(data.load(release, flags["image_size"], folder)).to(DEVICE)
+        network = model.make(flags, model.SPC_CLASSES).to(DEVICE).train()
+        pair = data.augment(pixels[:24], torch.Generator())
+        labels = torch.from_numpy(release.labels[:24]).to(DEVICE)
+        one = partial(step, list(network.parameters()), flags["amp"], lambda: biased_loss(network(*pair), labels).total)
+        speeds = []
+        train.print_epoch = lambda row, epochs, speed, left: speeds.append(speed)
+        for number in range(rounds):
+            one()
+            before = [seconds(one) for _ in range(15)]
+            run = folder / f"run{number}"
+            run.mkdir()
+            train.fit(run, flags, release, pixels, DEVICE)
+            bare, loop = 48 / statistics.median(before + [seconds(one) for _ in range(15)]), statistics.median(speeds[-3:])
+            print(f"training loop {loop:,.0f} images/s, bare forward and backward {bare:,.0f} images/s: {100 * loop / bare:.1f}%", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    kinds = {"encoders": encoders, "attention": attention, "step": pemm, "data": photos, "train": training}
+    parser.add_argument("what", nargs="+", choices=kinds)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8, help="images, or pairs [%(default)s]")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}")
+    for what in args.what:
+        kinds[what](args.rounds, args.batch)
+
+
+if __name__ == "__main__":
+    main()
