@@ -508,7 +508,8 @@ def print_groups(runs, results):
 
     def cell(values):
         values = [100 * value for value in values if value is not None]
-        return f"{np.mean(values):.1f}" + f" ± {np.std(values, ddof=1):.1f}" * (len(values) > 1) if values else "-"
+        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.1f}{spread}" if values else "-"
 
     first = list(results[0]["test"].values())[-1]
     names = [name for name in MEANS if name in first and (len(first["accuracy"]) == 1 or name in PAPER_MEANS)]
@@ -728,7 +729,7 @@ def draw_sweep(path, groups):
     figure = Figure((8, 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), PAPER_MEANS):
         ws = sorted((float(group.split()[-1]), values[name]) for group, values in groups.items())
-        axes.errorbar([w for w, _ in ws], [100 * np.mean(v) for _, v in ws], [100 * np.std(v, ddof=len(v) > 1) for _, v in ws], fmt="o-")
+        axes.errorbar([w for w, _ in ws], [100 * np.mean(v) for _, v in ws], [100 * np.std(v, ddof=min(1, len(v) - 1)) for _, v in ws], fmt="o-")
         axes.set_xlabel("W of Eq. 3"), axes.set_ylabel(f"{MEANS[name]} (%)")
     figure.savefig(path, dpi=150)
     print(f"picture: {path}")

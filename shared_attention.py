@@ -90,6 +90,8 @@ class Projections(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once: each layer would keep a copy of its own
         return self.query(x), self.key(x), self.value(x)
 
 

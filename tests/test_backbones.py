@@ -19,6 +19,9 @@ BY_HAND = ["swin_t", "swin_v2_t", "convnext_t", "convnext_atto"]
 def pair(name):
     """torchvision's network, and ours built from a file of its state dict. Use them, but leave them as they are."""
     twin = randomise(backbones.torchvision_twin(name)).eval()
+    for key, value in twin.named_parameters():
+        if key.endswith("logit_scale"):
+            value.data[0] = 5.0  # above the limit log 100 of Swin V2
     with tempfile.NamedTemporaryFile() as file:
         torch.save(twin.state_dict(), file.name)
         encoder = backbones.build(name, file.name).eval()

@@ -116,6 +116,15 @@ def test_the_branches_are_named_right():
             close(a, b)
 
 
+def test_separate_encoders_see_a_photo_each():
+    model = small(encoder="separate", fusion="concat")
+    outputs = model(*photos())
+    for branch, learns in (("clinical", [True, False]), ("dermoscopy", [False, True]), ("fusion", [True, True])):
+        model.zero_grad()
+        sum(z.square().sum() for z in getattr(outputs, branch)).backward(retain_graph=True)
+        assert [any(p.grad is not None and p.grad.any() for p in encoder.parameters()) for encoder in model.encoders] == learns
+
+
 @pytest.mark.parametrize("modality", ["clinical", "dermoscopy"])
 def test_one_modality_looks_at_one_photo(modality):
     model = OneModality("convnext_atto", (3, 2), modality=modality).double().eval()
