@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from sklearn.metrics import roc_curve
 
 import data
 import model
@@ -673,51 +674,48 @@ def draw_curves(run, results, p):
     except ImportError:
         print("\nmatplotlib is not installed: no curves.png, roc.png, confusion.png, reliability.png")
         return
-    from sklearn.metrics import roc_curve
-    run, (labels, branches) = Path(run), p.part("test")
-    last = list(branches)[-1]
-    parts = by_task(branches[last], p.tasks)
+    def sheet(*size, rows=1, columns=1):
+        figure = Figure(size, layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
     with open(run / "log.csv", newline="") as file:
         log = list(csv.DictReader(file))
-    figure = Figure((9, 3.5), layout="constrained")
-    for axes, names in zip(figure.subplots(1, 2), (("loss", *(f"loss_{branch}" for branch in model.BRANCHES)), ("valid_auc", "valid_accuracy"))):
-        for name in names:
-            if name in log[0]:
-                axes.plot([int(row["epoch"]) for row in log], [float(row[name]) for row in log], label=name.replace("_", " "))
-        axes.legend(), axes.set_xlabel("epoch")
-    figure.savefig(run / "curves.png", dpi=150)
+    curves, axes = sheet(9, 3.5, columns=2)
+    for name in (name for name in log[0] if name.startswith(("loss", "valid"))):
+        side = axes[int(name.startswith("valid"))]
+        side.plot([int(row["epoch"]) for row in log], [float(row[name]) for row in log], label=name.replace("_", " "))
+        side.set(xlabel="epoch")
+        side.legend()
 
-    T = len(p.tasks)
-    figure, tall = Figure((4 * min(T, 4), 3.6 * -(-T // 4)), layout="constrained"), -(-T // 4)
-    for t, (axes, (task, classes)) in enumerate(zip(figure.subplots(tall, min(T, 4), squeeze=False).flat, p.tasks.items())):
+    (labels, branches), tall, wide = p.part("test"), -(-len(p.tasks) // 4), min(len(p.tasks), 4)
+    last = list(branches)[-1]
+    roc, above = sheet(4 * wide, 3.6 * tall, rows=tall, columns=wide)
+    matrices, below = sheet(4 * wide, 4 * tall, rows=tall, columns=wide)
+    for t, ((task, classes), part) in enumerate(zip(p.tasks.items(), by_task(branches[last], p.tasks))):
         known = labels[:, t] >= 0
-        for _, k, name in (each for each in positives(p.tasks) if each[0] == t):
-            value = results["test"][last]["auc"][name]
-            if value is not None:
-                axes.plot(*roc_curve(labels[known, t] == k, parts[t][known, k])[:2], label=f"{classes[k]} {100 * value:.1f}")
-        axes.plot([0, 1], [0, 1], ":", color="grey"), axes.legend(loc="lower right"), axes.set_title(task)
-        axes.set_xlabel("1 - specificity"), axes.set_ylabel("sensitivity")
-    figure.savefig(run / "roc.png", dpi=150)
-
-    figure = Figure((4 * min(T, 4), 4 * tall), layout="constrained")
-    for t, (axes, (task, classes)) in enumerate(zip(figure.subplots(tall, min(T, 4), squeeze=False).flat, p.tasks.items())):
-        known = labels[:, t] >= 0
-        matrix = confusion(parts[t][known].argmax(1), labels[known, t], len(classes), np.ones((1, known.sum())))[0]
-        axes.imshow(ratio(matrix, matrix.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+        truth, part, once = labels[known, t], part[known], np.ones((1, known.sum()))
+        for _, k, name in (column for column in positives(p.tasks) if column[0] == t and results["test"][last]["auc"][column[2]] is not None):
+            wrong, right = roc_curve(truth == k, part[:, k])[:2]
+            above[t].plot(wrong, right, label=f"{classes[k]} {percent(results['test'][last]['auc'][name])}")
+        above[t].plot([0, 1], [0, 1], ":", color="grey")
+        above[t].set(title=task, xlabel="1 - specificity", ylabel="sensitivity")
+        above[t].legend(loc="lower right")
+        matrix = confusion(part.argmax(1), truth, len(classes), once)[0]
+        below[t].imshow(matrix / matrix.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
         for i, j in np.ndindex(*matrix.shape):
-            axes.text(j, i, int(matrix[i, j]), ha="center", va="center", color="white" if matrix[i, j] > matrix[i].sum() / 2 else "black")
-        axes.set_xticks(range(len(classes)), classes, rotation=45), axes.set_yticks(range(len(classes)), classes)
-        axes.set_title(task), axes.set_xlabel("predicted"), axes.set_ylabel("true")
-    figure.savefig(run / "confusion.png", dpi=150)
+            below[t].text(j, i, int(matrix[i, j]), ha="center", va="center", color="white" if 2 * matrix[i, j] > matrix[i].sum() else "black")
+        below[t].set_xticks(range(len(classes)), classes, rotation=45)
+        below[t].set_yticks(range(len(classes)), classes)
+        below[t].set(title=task, xlabel="predicted", ylabel="true")
 
-    figure = Figure((4.5, 4), layout="constrained")
-    axes = figure.subplots()
+    calibration, (axes,) = sheet(4.5, 4)
     for name, bins in results["calibration"].items():
-        axes.plot([c for _, c, _ in bins], [a for _, _, a in bins], "o-", label=f"{name}: {100 * calibration_error(bins):.1f}%")
-    axes.plot([0, 1], [0, 1], ":", color="grey"), axes.legend(title="calibration error")
-    axes.set_xlabel("confidence"), axes.set_ylabel("share correct")
-    figure.savefig(run / "reliability.png", dpi=150)
+        axes.plot([c for _, c, _ in bins], [a for _, _, a in bins], "o-", label=f"{name}: {percent(calibration_error(bins))}%")
+    axes.plot([0, 1], [0, 1], ":", color="grey")
+    axes.set(xlabel="confidence", ylabel="share correct")
+    axes.legend(title="calibration error")
+    for name, figure in (("curves", curves), ("roc", roc), ("confusion", matrices), ("reliability", calibration)):
+        figure.savefig(run / f"{name}.png", dpi=150)
 
 
 def draw_sweep(path, groups):
@@ -730,7 +728,7 @@ def draw_sweep(path, groups):
     for axes, name in zip(figure.subplots(1, 2), PAPER_MEANS):
         ws = sorted((float(group.split()[-1]), values[name]) for group, values in groups.items())
         axes.errorbar([w for w, _ in ws], [100 * np.mean(v) for _, v in ws], [100 * np.std(v, ddof=min(1, len(v) - 1)) for _, v in ws], fmt="o-")
-        axes.set_xlabel("W of Eq. 3"), axes.set_ylabel(f"{MEANS[name]} (%)")
+        axes.set(xlabel="W of Eq. 3", ylabel=f"{MEANS[name]} (%)")
     figure.savefig(path, dpi=150)
     print(f"picture: {path}")
 
@@ -759,7 +757,7 @@ def main(argv=None):
     results = [each for each, _ in found]
     if len(found) == 1:
         print_tables(results[0], args.compare_paper)
-        draw_curves(args.runs[0], *found[0])
+        draw_curves(Path(args.runs[0]), *found[0])
     else:
         groups = print_groups(args.runs, results)
         if all(group.startswith("w ") and "," not in group for group in groups):
