@@ -22,6 +22,10 @@ import hashlib
 import io
 import math
 import os
+import re
+import secrets
+import shutil
+import struct
 import sys
 import warnings
 import zlib
@@ -67,12 +71,14 @@ SPC = {
 }
 SYNTHETIC = "synthetic"  # what the column notes of a drawn release says
 SPC_SPLIT = {"train": 413, "valid": 203, "test": 395}
+PUBLISHED = "the published derm7pt: 413 / 203 / 395 cases, every label count as published"
 # The seven-point rule: a point scores 2 (major) or 1 (minor); 3 or more in all suggest melanoma.
 SEVEN_POINTS = {("PN", "ATP"): 2, ("BWV", "PRS"): 2, ("VS", "IR"): 2,
                 ("STR", "IR"): 1, ("PIG", "IR"): 1, ("DaG", "IR"): 1, ("RS", "PRS"): 1}
 MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC")
 MALIGNANT = ("AKIEC", "BCC", "MAL_OTH", "MEL", "SCCKA")  # of MILK10K; AKIEC holds precancers and in-situ carcinomas
 TWO_CLASSES = {"DIAG": ("benign", "malignant")}
+PHOTOS = (".jpg", ".jpeg", ".png")
 METADATA = ("age", "age_approx", "sex", "skin_tone_class", "fitzpatrick_skin_type", "site", "anatom_site_general",
             "location", "elevation", "level_of_diagnostic_difficulty")  # kept for results by subgroup
 
@@ -96,6 +102,15 @@ class Release:
 
     def rows(self, split):
         return np.flatnonzero(self.split == split)
+
+    def files(self, row):
+        """The names of a lesion's two files by their contents, the same in any release."""
+        return [each.hex() for each in self.digests[row]]
+
+    def fingerprint(self):
+        """A hash of all that a result depends on: photos, labels, tasks, split."""
+        everything = repr((list(self.tasks.items()), self.digests, self.labels.tolist(), self.split.tolist()))
+        return hashlib.blake2b(everything.encode(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -145,8 +160,8 @@ def read(path, binary=False):
 def read_table(path, *required):
     """Rows of a CSV file as dicts from column name to text, and their place in the file under "where".
 
-    UTF-8, with or without BOM, or Latin-1; commas, semicolons or tabs; blank rows skipped. Of a column's name the lower-case
-    part after the last dot counts (old ISIC exports write meta.clinical.sex).
+    UTF-8, with or without BOM, or Latin-1; commas, semicolons or tabs; blank rows skipped; column names in lower case, without
+    the "meta.clinical." of old ISIC exports.
     """
     try:
         text = path.read_bytes()
@@ -158,31 +173,44 @@ def read_table(path, *required):
         text = text.decode("latin-1")
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = [name.strip().lower().rsplit(".", 1)[-1] for name in next(reader, [])]
+    columns = [re.sub(r"^meta\..*\.", "", name.strip().lower()) for name in next(reader, [])]
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise DataError(f"{path}: two columns are called {', '.join(twice)}; rename one")
     if missing := [name for name in required if name not in columns]:
         raise DataError(f"{path}: no column {', '.join(missing)}; it has {', '.join(columns) or 'none'}")
     rows = []
-    for values in reader:
-        if any(value.strip() for value in values):
-            if len(values) != len(columns):
-                raise DataError(f"{path} line {reader.line_num}: {len(values)} values for {len(columns)} columns")
-            rows.append(dict(zip(columns, (value.strip() for value in values)), where=f"{path} line {reader.line_num}"))
+    try:
+        for values in reader:
+            if any(value.strip() for value in values):
+                if len(values) != len(columns):
+                    raise DataError(f"{path} line {reader.line_num}: {len(values)} values for {len(columns)} columns")
+                rows.append(dict(zip(columns, (value.strip() for value in values)), where=f"{path} line {reader.line_num}"))
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num}: {error}; is a quotation mark left open?") from error
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows
 
 
 def photo_index(folder):
-    """Every photo below `folder`: its relative path in lower case -> its path. Linked folders are not entered: no loops."""
-    return {Path(parent, name).relative_to(folder).as_posix().lower(): Path(parent, name)
-            for parent, _, names in os.walk(folder) for name in sorted(names)}
+    """Every file below `folder`: its relative path in lower case -> its path. Linked folders are entered, each once."""
+    found, seen = {}, set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:
+            folders.clear()  # a link in a circle
+            continue
+        seen.add(os.path.realpath(parent))
+        folders.sort()
+        found |= {Path(parent, name).relative_to(folder).as_posix().lower(): Path(parent, name) for name in sorted(names)}
+    return found
 
 
 def locate(folder, index, name, where):
     """The file `name` below `folder`, whatever the case of its letters; if there is none, the path where it should be."""
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"{where}: {name!r} is not a path below {folder}")
-    return index.get(Path(name).as_posix().lower(), folder / name)
+    path = folder / name
+    return path if path.is_file() else index.get(Path(name).as_posix().lower(), path)
 
 
 def unknown(text):
@@ -227,7 +255,7 @@ def read_spc(folder):
         notes.append(f"WARNING: not the published derm7pt, so not to be compared with the paper: {', '.join(wrong[:4])}" +
                      f" and {len(wrong) - 4} more counts differ" * (len(wrong) > 4))
     else:
-        notes.append("the published derm7pt: 413 / 203 / 395 cases, every label count as published")
+        notes.append(PUBLISHED)
     if same := sum(lesion.clinical == lesion.dermoscopy for lesion in lesions):
         notes.append(f"in {same} cases the clinical photo is the dermoscopy file (published: 9); kept as published")
     wrong = [lesion.row["where"] for lesion in lesions if lesion.row.get("seven_point_score", "").isdigit()
@@ -249,9 +277,8 @@ def read_milk10k(folder, table, binary):
     for row in read_table(table, "lesion_id", *map(str.lower, MILK10K)):
         if truth.setdefault(row["lesion_id"], row) is not row:
             raise DataError(f"{row['where']}: lesion {row['lesion_id']} stands there twice; remove a row")
-    metadata = next(iter(sorted(folder.glob("*Metadata.csv"))), folder / "MILK10k_Training_Metadata.csv")
     lesions, notes = [], []
-    for lesion_id, clinical, dermoscopy, row in pair_up(folder, metadata, notes):
+    for lesion_id, clinical, dermoscopy, row in pair_up(folder, table.with_name(table.name.replace("GroundTruth", "Metadata")), notes):
         hot = [k for k, name in enumerate(MILK10K) if truth.get(lesion_id, {}).get(name.lower(), "0") in ("1", "1.0")]
         if len(hot) != 1:
             raise DataError(f"{table}: lesion {lesion_id} has {len(hot)} classes marked 1 instead of one")
@@ -283,7 +310,10 @@ def pair_up(folder, table, notes):
     Of several photos of a type a close-up goes first, then the lowest isic_id. Images without lesion_id or of another type
     (TBP tiles) cannot be paired and are left out; `notes` says how many.
     """
-    paths = {Path(name).stem: path for name, path in photo_index(folder).items() if name.endswith((".jpg", ".jpeg", ".png"))}
+    paths = defaultdict(list)
+    for name, path in photo_index(folder).items():
+        if name.endswith(PHOTOS):
+            paths[Path(name).stem].append(path)
     rows = read_table(table, "isic_id", "lesion_id", "image_type")
     found = defaultdict(lambda: {"clinical": {}, "dermoscop": {}})
     for row in rows:
@@ -297,18 +327,28 @@ def pair_up(folder, table, notes):
              if all(photos.values())}
     notes.append(f"{len(pairs)} of {len(found)} lesions have both photos; {used - 2 * len(pairs)} further photos are not used")
     for lesion, (clinical, dermoscopy) in pairs.items():
-        files = [paths.get(row["isic_id"].lower(), folder / f"{row['isic_id']}.jpg") for row in (clinical, dermoscopy)]
-        yield lesion, *files, clinical | {key: value for key, value in dermoscopy.items() if value}
+        files = [paths.get(row["isic_id"].lower(), [folder / f"{row['isic_id']}.jpg"]) for row in (clinical, dermoscopy)]
+        for several in files:
+            if len(several) > 1 and len(set(map(digest, several))) > 1:
+                raise DataError(f"different photos have one name, keep one: {', '.join(map(str, several))}")
+        for column in ("diagnosis_1", "benign_malignant", "patient_id"):
+            if clinical.get(column) != dermoscopy.get(column):
+                raise DataError(f"{clinical['where']} and {dermoscopy['where']}: one lesion, but {column} is "
+                                f"{clinical[column]!r} and {dermoscopy[column]!r}")
+        yield lesion, files[0][0], files[1][0], clinical | {key: value for key, value in dermoscopy.items() if value}
 
 
 def read_pairs(table):
     """Your own pairs: columns clinical and dermoscopy (paths beside the CSV, or absolute), split and patient if known, any
     of METADATA, and every other column is a task whose values are its classes; empty is unknown."""
     rows = read_table(table, "clinical", "dermoscopy")
+    for row in rows:
+        if "patient_id" in row:
+            row["patient"] = row.pop("patient_id")
     columns = [column for column in rows[0] if column not in ("clinical", "dermoscopy", "split", "patient", "where", *METADATA)]
     tasks = {}
     for column in columns:
-        classes = sorted({row[column] for row in rows if not unknown(row[column])}, key=lambda name: (name != "absent", name))
+        classes = sorted({row[column] for row in rows} - {""}, key=lambda name: (name != "absent", name))
         if not 2 <= len(classes) <= max(20, len(rows) // 10):
             raise DataError(f"{table}, column {column}: {len(classes)} different values in {len(rows)} rows do not make a task; "
                             "remove the column")
@@ -322,7 +362,7 @@ def read_pairs(table):
             raise DataError(f"{row['where']}: split is {row['split']!r}; write train, valid or test in every row, or in none")
         files = [Path(row[kind]) if Path(row[kind]).is_absolute() else locate(table.parent, index, row[kind], row["where"])
                  for kind in ("clinical", "dermoscopy")]
-        lesions.append(Lesion(str(n + 1), *files, [-1 if unknown(row[task]) else classes.index(row[task])
+        lesions.append(Lesion(str(n + 1), *files, [-1 if row[task] == "" else classes.index(row[task])
                                                    for task, classes in tasks.items()], row, split, row.get("patient", "")))
     return "pairs", tasks, lesions, []
 
@@ -338,10 +378,10 @@ def check(kind, tasks, lesions, notes, path):
     with ThreadPoolExecutor() as threads:
         digests = list(threads.map(lambda pair: tuple(map(digest, pair)), photos))
     if any(None in pair for pair in digests):
-        raise DataError(broken_photos(photos))
+        refuse_broken(photos)
     shared = defaultdict(list)  # what two lesions of different splits may not share -> the lesions that have it
     for n, lesion in enumerate(lesions):
-        for key in {*digests[n], *([("patient", lesion.patient)] if lesion.patient else [])}:
+        for key in {*digests[n], *([] if unknown(lesion.patient) else [("patient", lesion.patient)])}:
             shared[key].append(n)
     shared = {key: members for key, members in shared.items() if len(members) > 1}
     twins = [" and ".join(lesions[n].case for n in members) for key, members in shared.items() if isinstance(key, bytes)]
@@ -353,8 +393,10 @@ def check(kind, tasks, lesions, notes, path):
         for key, members in shared.items():
             if len({lesions[n].split for n in members}) > 1:
                 what = f"patient {key[1]} is" if isinstance(key, tuple) else "one and the same image file is"
-                raise DataError(f"{path}: {what} in two splits: " + ", ".join(
-                    f"{lesions[n].row['where']} ({lesions[n].split})" for n in members) + "; move or remove a row")
+                problem = f"{path}: {what} in two splits: " + ", ".join(f"{lesions[n].row['where']} ({lesions[n].split})" for n in members)
+                if PUBLISHED not in notes:
+                    raise DataError(f"{problem}; move or remove a row")
+                notes.append(f"WARNING: {problem}; kept as published")
     else:
         split = make_split(labels[:, 0], shared, path)
     if missing := [name for name in SPLITS if not (split == name).any()]:
@@ -377,8 +419,8 @@ def make_split(classes, shared, path):
     group = np.arange(len(classes))
     for members in shared.values():
         group[np.isin(group, group[members])] = group[members].min()
-    if len(set(group)) < 10:
-        raise DataError(f"{path}: {len(set(group))} independent lesions are too few to split; give a column split")
+    if len(set(group)) < 10 or np.bincount(classes + 1).max() < 10:
+        raise DataError(f"{path}: {len(set(group))} independent lesions are too few to split, or no class has 10; give a column split")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class")  # then a split has none of it, which check() says
         folds = StratifiedGroupKFold(10, shuffle=True, random_state=0).split(classes, classes, group)
@@ -417,12 +459,12 @@ def decode(path, size):
             return np.asarray(image.convert("RGB").resize((size, size), Image.BILINEAR))
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for bad files
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # what Pillow raises for bad files
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def broken_photos(photos):
-    """The message that names every photo that is missing or cannot be decoded, and why."""
+def refuse_broken(photos):
+    """Raises DataError with a line for every photo that is missing or cannot be decoded, if there are any."""
     def look(path):
         try:
             decode(path, 8)
@@ -430,13 +472,14 @@ def broken_photos(photos):
             return str(error)
     with ThreadPoolExecutor() as threads:
         problems = [line for line in threads.map(look, sorted({path for pair in photos for path in pair})) if line]
-    return f"{len(problems)} photos are missing or broken; restore them or remove their rows:\n  " + "\n  ".join(problems)
+    if problems:
+        raise DataError(f"{len(problems)} photos are missing or broken; restore them or remove their rows:\n  " + "\n  ".join(problems))
 
 
 @contextmanager
 def whole(path):
     """A temporary path that becomes `path` if the block ends well and is removed if not: a file is whole or not there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -471,8 +514,9 @@ def load(release, size, cache):
                 progress("decoding photos", min(start + 64, len(release.photos)), len(release.photos))
             file.write(checksum.to_bytes(4, "big"))
             os.fsync(file.fileno())
-    except DataError as error:
-        raise DataError(broken_photos(release.photos)) from error
+    except DataError:
+        refuse_broken(release.photos)
+        raise  # it was broken then and is not now
     except OSError as error:
         raise DataError(f"{path}: cannot write the {math.prod(shape) / 2 ** 20:,.0f} MiB of decoded photos ({error.strerror}); "
                         "make room there or choose another folder with --cache") from error
@@ -527,7 +571,7 @@ def synthesize(folder, cases=1011, height=256, seed=0):
     folder = Path(folder)
     if folder.exists():
         return folder
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
     (temporary / "images").mkdir(parents=True)
     (temporary / "meta").mkdir()
     tasks = {task: tuple(classes) for task, (_, classes) in SPC.items()}
@@ -556,7 +600,12 @@ def synthesize(folder, cases=1011, height=256, seed=0):
     ends = [0, *(round(cases * end / 1011) for end in (413, 616, 1011))]  # the published shares
     for split, start, end in zip(SPLITS, ends, ends[1:]):
         (temporary / "meta" / f"{split}_indexes.csv").write_text("\n".join(["indexes", *map(str, range(start, end))]) + "\n")
-    os.rename(temporary, folder)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(temporary)  # another run drew the same lesions at the same time and was faster
     return folder
 
 
@@ -718,9 +767,12 @@ def main(argv=None):
     parser.add_argument("--synthesize", type=int, metavar="N", help="first draw a synthetic SPC of N cases there")
     parser.add_argument("--binary", action="store_true", help="MILK10k: benign or malignant in place of the 11 classes")
     args = parser.parse_args(argv)
-    if args.synthesize:
+    if args.synthesize is not None:
+        if args.synthesize < 10 or Path(args.path).exists():
+            parser.error("--synthesize draws 10 lesions or more into a folder that does not exist yet")
         synthesize(args.path, args.synthesize)
     release = read(args.path, args.binary)
+    refuse_broken(release.photos)
     print(f"{args.path}: {release.kind}, {len(release.cases)} lesions, two photos each")
     for note in release.notes:
         print(f"  {note}")

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import roc_curve
 
 import data
@@ -61,6 +62,8 @@ def find_device(name=None):
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # the random state that train.py saves is that of the current device
     return torch.device(name)
 
 
@@ -86,10 +89,10 @@ def predict(network, pixels, rows, device, amp, tta=False, batch_size=48):
                 outputs = network(*data.normalise(view(photos)))
             for branch, logits in outputs._asdict().items():
                 if logits is not None:
-                    z = [z.double().log_softmax(1) for z in logits]
+                    z = [z.float().cpu().double().log_softmax(1) for z in logits]  # some devices have no float64
                     sums[branch] = [a + b for a, b in zip(sums[branch], z)] if branch in sums else z
         for branch, logits in sums.items():
-            found[branch].append(torch.cat([(z / (len(VIEWS) if tta else 1)).softmax(1) for z in logits], 1).cpu())
+            found[branch].append(torch.cat([(z / (len(VIEWS) if tta else 1)).softmax(1) for z in logits], 1))
     return {branch: torch.cat(parts).numpy() for branch, parts in found.items()}
 
 
@@ -226,7 +229,7 @@ def resamples(n):
 
 
 def interval(values):
-    return np.nanpercentile(values, (2.5, 97.5)).tolist()
+    return [None, None] if np.isnan(values).all() else np.nanpercentile(values, (2.5, 97.5)).tolist()
 
 
 def intervals(probabilities, labels, tasks):
@@ -236,7 +239,10 @@ def intervals(probabilities, labels, tasks):
 
 
 def find_temperature(probabilities, labels, tasks):
-    """T of softmax(logits / T) with the lowest cross-entropy over all known labels; give it the validation split only."""
+    """T of softmax(logits / T) with the lowest cross-entropy over all known labels, 1 if none is known. Give it the validation
+    split only."""
+    if not (labels >= 0).any():
+        return 1.0
     grid = np.geomspace(0.2, 5, 161)
     costs = np.zeros(len(grid))
     for i, temperature in enumerate(grid):
@@ -262,7 +268,7 @@ def reliability(probabilities, labels, tasks):
 
 def calibration_error(bins):
     """Expected calibration error: mean distance between confidence and accuracy, weighted by the bins' counts."""
-    return sum(n * abs(c - a) for n, c, a in bins) / sum(n for n, _, _ in bins)
+    return sum(n * abs(c - a) for n, c, a in bins) / max(1, sum(n for n, _, _ in bins))
 
 
 def subgroups(p, split="test"):
@@ -284,16 +290,22 @@ def subgroups(p, split="test"):
     return found
 
 
+def same_lesions(p, other):
+    """Whether two runs have the same tasks and test lesions, in the same order and with the same labels."""
+    (labels, _), (theirs, _) = p.part("test"), other.part("test")
+    cases = [[case for case, split in zip(each.cases, each.split) if split == "test"] for each in (p, other)]
+    return list(p.tasks.items()) == list(other.tasks.items()) and cases[0] == cases[1] and np.array_equal(labels, theirs)
+
+
 def difference(p, other):
     """Paired bootstrap of two runs on the same test lesions: name -> (difference, [low, high], share of resamples above 0)."""
-    if p.tasks != other.tasks or [c for c, s in zip(p.cases, p.split) if s == "test"] != [
-            c for c, s in zip(other.cases, other.split) if s == "test"]:
+    if not same_lesions(p, other):
         raise RunError("the two runs have different tasks or test lesions; their difference would mean nothing")
     (labels, ours), (_, theirs) = p.part("test"), other.part("test")
     once, weights, found = np.ones((1, len(labels))), resamples(len(labels)), {}
     plain, drawn = ([measure(list(branches.values())[-1], labels, p.tasks, w) for branches in (ours, theirs)] for w in (once, weights))
     for name in MEANS:
-        if name in plain[0]:
+        if name in plain[0] and not np.isnan(plain[0][name][0]):
             gaps = drawn[0][name] - drawn[1][name]
             found[name] = (float((plain[0][name] - plain[1][name])[0]), interval(gaps), float((gaps > 0).mean()))
     return found
@@ -304,7 +316,7 @@ def difference(p, other):
 
 def write_whole(path, text):
     with data.whole(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def load_run(run, device):
@@ -340,10 +352,13 @@ def make_predictions(run, path, cache, device, tta):
     network, saved = load_run(run, device)
     flags, tasks = saved["flags"], saved["tasks"]
     release = data.read(path, flags["binary"])
-    if release.tasks != tasks:
+    if list(release.tasks.items()) != list(tasks.items()):
         raise RunError(f"{path} has the tasks {release.tasks}, but {run} learned {tasks}")
     pixels = torch.from_numpy(data.load(release, flags["image_size"], cache))
     rows = np.concatenate([release.rows("valid"), release.rows("test")])
+    if known := sum(not set(saved["trained"]).isdisjoint(release.files(row)) for row in rows):
+        raise RunError(f"{run} was trained on {known} of the validation and test lesions of {path}; give it a column split, or "
+                       "evaluate on the release that it was trained with")
     return Predictions(tasks, [release.cases[row] for row in rows], release.split[rows], release.labels[rows],
                        predict(network, pixels, rows, device, flags["amp"], tta),
                        {column: [values[row] for row in rows] for column, values in release.metadata.items()})
@@ -367,20 +382,23 @@ def write_predictions(path, p):
 
 def read_predictions(path):
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
+        columns = [(row["task"], row["class"]) for row in rows]
+        K = next((n for n in range(1, len(rows)) if columns[n] == columns[0]), len(rows))
+        tasks = defaultdict(tuple)
+        for task, name in columns[:K]:
+            tasks[task] += (name,)
+        first = rows[::K]  # one row a case
+        truth = np.array([row["truth"] for row in rows]).reshape(-1, K)
+        labels = np.stack([np.where((part == "1").any(1), (part == "1").argmax(1), -1) for part in by_task(truth, tasks)], 1)
+        branches = {name: np.array([float(row[name]) for row in rows]).reshape(-1, K)
+                    for name in (*model.BRANCHES, "fused") if name in rows[0]}
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing: evaluate.py RUN --data PATH predicts again from model.pt") from error
-    K = next((n for n, row in enumerate(rows) if (row["case"], row["split"]) != (rows[0]["case"], rows[0]["split"])), len(rows))
-    tasks = defaultdict(tuple)
-    for row in rows[:K]:
-        tasks[row["task"]] += (row["class"],)
-    first = rows[::K]  # one row a case
-    truth = np.array([row["truth"] for row in rows]).reshape(-1, K)
-    labels = np.stack([np.where((part == "1").any(1), (part == "1").argmax(1), -1) for part in by_task(truth, tasks)], 1)
-    names = list(rows[0])[5:]
-    branches = {name: np.array([float(row[name]) for row in rows]).reshape(-1, K) for name in names if name in (*model.BRANCHES, "fused")}
-    metadata = {name: [row[name] for row in first] for name in names if name not in branches}
+    except (LookupError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is not as it was written ({error}): evaluate.py RUN --data PATH writes it anew") from error
+    metadata = {name: [row[name] for row in first] for name in list(rows[0])[5:] if name not in branches}
     return Predictions(dict(tasks), [row["case"] for row in first], np.array([row["split"] for row in first]), labels, branches, metadata)
 
 
@@ -396,7 +414,8 @@ def evaluate_run(run, path=None, cache="runs/cache", device=None, tta=False):
     if len(p.branches) > 1:
         p.branches["fused"] = fuse(p.branches, weights, p.tasks)
     last = list(p.branches)[-1]
-    results = {"weights": weights, "temperature": find_temperature(p.part("valid")[1][last], labels, p.tasks)}
+    temperature = {branch: find_temperature(values, labels, p.tasks) for branch, values in p.part("valid")[1].items()}
+    results = {"weights": weights, "temperature": temperature}
     if path:
         write_predictions(table, p)
     for split in ("valid", "test"):
@@ -407,7 +426,7 @@ def evaluate_run(run, path=None, cache="runs/cache", device=None, tta=False):
             results[split][branch] = {name: scalars(value) for name, value in found.items()}
             if split == "test":
                 results[split][branch]["intervals"] = intervals(values, labels, p.tasks)
-    fitted = softmax(logs(branches[last]) / results["temperature"], p.tasks)
+    fitted = softmax(logs(branches[last]) / temperature[last], p.tasks)
     results["calibration"] = {"as it is": reliability(branches[last], labels, p.tasks), "fitted": reliability(fitted, labels, p.tasks)}
     results["subgroups"] = subgroups(p)
     write_whole(run / f"results{suffix}.json", json.dumps(results, indent=1))
@@ -429,7 +448,7 @@ def percent(value, digits=1):
 
 def print_table(title, columns, rows):
     """Columns "task/class" get two lines of header, the task only where it changes; rows are (name, cells of text)."""
-    above, names = zip(*(column.rpartition("/")[::2] for column in columns))
+    above, names = zip(*(column.split("/", 1) if "/" in column else ("", column) for column in columns))
     tops = [top if n == 0 or above[n - 1] != top else "" for n, top in enumerate(above)]
     widths = [max(map(len, (top, name, *(cells[n] for _, cells in rows)))) for n, (top, name) in enumerate(zip(tops, names))]
     left = max(len(name) for name, _ in rows)
@@ -480,7 +499,7 @@ def print_tables(results, compare=False):
         (branch, [f"{percent(found[name])} ({' to '.join(map(percent, found['intervals'][name]))})" for name in names])
         for branch, found in test.items()])
     before, after = (100 * calibration_error(bins) for bins in results["calibration"].values())
-    print(f"\ncalibration error of {last}: {before:.1f}%; {after:.1f}% at the temperature {results['temperature']:.2f} fitted on validation")
+    print(f"\ncalibration error of {last}: {before:.1f}%; {after:.1f}% at the temperature {results['temperature'][last]:.2f} fitted on validation")
     if results["subgroups"]:
         names = [name for name in MEANS if name in next(iter(results["subgroups"].values()))]
         print_table(f"subgroups, {last} (%); a column without cases and others is not in the mean",
@@ -500,7 +519,10 @@ def paper_table_4():
 
 def print_groups(runs, results):
     """Mean and standard deviation over seeds of the last branch, a row for each setting of the other flags; returns their values."""
-    flags = [json.loads((Path(run) / "args.json").read_text())["flags"] for run in runs]
+    try:
+        flags = [json.loads((Path(run) / "args.json").read_text())["flags"] for run in runs]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"several runs are grouped by the flags in their args.json, which cannot be read ({error})") from error
     differ = [flag for flag in flags[0] if flag not in ("seed", "out", "cache", "device", "data")
               and len({str(each.get(flag)) for each in flags}) > 1]
     groups = defaultdict(list)
@@ -540,7 +562,7 @@ def answer(network, saved, results, clinical, dermoscopy, device):
     elif len(branches) > 1:
         branches["fused"] = fuse(branches, results["weights"], tasks)
     last = list(branches)[-1]
-    branches[last] = softmax(logs(branches[last]) / results["temperature"], tasks)
+    branches[last] = softmax(logs(branches[last]) / results["temperature"][last], tasks)
     return branches
 
 
@@ -558,22 +580,25 @@ def print_answer(branches, tasks):
     return labels
 
 
-def look(network, photos, branch, labels, device, point):
-    """Where the answer of a branch comes from: a gradient map (S, S) of each photo, and what a point of each reads of the other.
+def look(network, photos, weights, labels, device, point):
+    """Where an answer comes from: a gradient map (S, S) of each photo, and what a point of each reads.
 
     The map is the gradient of the summed log-probabilities of the predicted classes with respect to the pixels, its size
-    blurred. The attention is that after the second stage (H/8), of `point` (x, y from 0 to 1) or of each map's highest place.
+    blurred. `weights` says how much of each branch is in the answer. The attention is that after the second stage (H/8), of
+    `point` (x, y from 0 to 1) or of each map's highest place.
     """
     inputs, seen = [photo.requires_grad_() for photo in data.normalise(torch.from_numpy(photos)[None].to(device))], {}
     attention = network.attentions[1] if getattr(network, "attentions", None) else None
     hook = attention and attention.register_forward_pre_hook(lambda module, maps: seen.update(maps=maps))
-    logits = getattr(network(*inputs), branch if branch in model.BRANCHES else "fusion")
-    sum(z.log_softmax(1)[0, label] for z, label in zip(logits, labels)).backward()
+    outputs = network(*inputs)
+    for t, label in enumerate(labels):
+        z = sum(weight * getattr(outputs, branch)[t].log_softmax(1) for branch, weight in weights.items())
+        z.log_softmax(1)[0, label].backward(retain_graph=True)
     maps, reads = [], []
     for photo in inputs:
         size = torch.zeros(photo.shape[-2:]) if photo.grad is None else photo.grad[0].abs().sum(0).cpu()
-        image = Image.fromarray((255 * size / size.max().clamp(min=1e-30)).byte().numpy())
-        maps.append(np.asarray(image.filter(ImageFilter.GaussianBlur(len(size) / 32)), np.float32))
+        radius = len(size) // 32
+        maps.append(F.avg_pool2d(size[None], 2 * radius + 1, 1, radius, count_include_pad=False)[0].numpy())
     if hook:
         hook.remove()
         H, W = seen["maps"][0].shape[2:]
@@ -589,6 +614,7 @@ def draw_answer(panels, branches, tasks, labels):
     """The picture of one lesion, 1,200 pixels wide: panels (photo, title, heat from 0 to 1, mark) and the predicted classes."""
     side, gap, caption, font = 288, 10, 26, ImageFont.load_default(15)
     bars = 21 * sum(map(len, tasks.values())) + 6 * len(tasks) + gap
+    first, second = (12 + max(map(font.getlength, names)) for names in (tasks, sum(tasks.values(), ())))
     sheet = Image.new("RGB", (1200, 2 * gap + side + caption + max(side + caption + gap, bars)), "white")
     draw, last = ImageDraw.Draw(sheet), list(branches)[-1]
     for n, (photo, title, heat, mark) in enumerate(panels):
@@ -608,9 +634,11 @@ def draw_answer(panels, branches, tasks, labels):
         draw.text((left, y), task, "black", font)
         for k, (name, value) in enumerate(zip(classes, by_task(branches[last], tasks)[t][0])):
             colour = (200, 30, 30) if k == labels[t] else (110, 110, 110)
-            draw.text((left + 60, y), name, colour, font)
-            draw.rectangle((left + 170, y + 3, left + 170 + 320 * value, y + 15), fill=colour)
-            draw.text((left + 180 + 320 * value, y), f"{100 * value:.0f}%", colour, font)
+            draw.text((left + first, y), name, colour, font)
+            start = left + first + second
+            end = start + (1140 - start) * value
+            draw.rectangle((start, y + 3, end, y + 15), fill=colour)
+            draw.text((end + 8, y), f"{100 * value:.0f}%", colour, font)
             y += 21
         y += 6
     return sheet
@@ -629,16 +657,19 @@ def one_lesion(run, clinical, dermoscopy, device, point):
     branches, tasks = answer(network, saved, results, clinical, dermoscopy, device), saved["tasks"]
     both, last = clinical and dermoscopy, list(branches)[-1]
     if not both:
-        print(f"only the {last} photo: the answer of its branch, which sees that photo in both places, as with the nine derm7pt "
-              "cases that have one file for both")
+        print(f"only the {last} photo: the answer of its branch. What reads both photos finds this one in both places, as in the "
+              "nine derm7pt cases that have one file for both")
     labels, paths = print_answer(branches, tasks), [Path(clinical or dermoscopy), Path(dermoscopy or clinical)]
     photos = np.stack([data.decode(path, saved["flags"]["image_size"]) for path in paths])
-    maps, reads = look(network, photos, last, labels, device, point)
+    maps, reads = look(network, photos, results["weights"] if last == "fused" else {last: 1.0}, labels, device, point)
+    if not both:
+        maps[0] = maps[0] + maps[1]  # one photo in both places
     shown, panels = [data.decode(path, 288) for path in paths], []
     for n, kind in enumerate(("clinical", "dermoscopy") if both else (last,)):
         panels += [(shown[n], kind, None, reads[n][1] if both and reads else None),
                    (shown[n], f"what counts in the {kind} photo", maps[n] / max(maps[n].max(), 1e-30), None)]
-    for (weights, _), photo, kind in zip(reads if both else (), shown[::-1], ("clinical", "dermoscopy")):
+    other = shown if saved["flags"]["reading"] == "swapped" else shown[::-1]  # swapped: the other's map, the own values
+    for (weights, _), photo, kind in zip(reads if both else (), other, ("clinical", "dermoscopy")):
         panels.append((photo, f"read by the {kind} point ({weights.max():.1f}x even)", (weights - 1) / max(2, weights.max() - 1), None))
     path = Path(run) / f"lesion-{paths[0].stem}.png"
     draw_answer(panels, branches, tasks, labels).save(path)
@@ -650,8 +681,10 @@ def folder_of_lesions(run, network, saved, results, clinical, dermoscopy, device
     """Photos of the same name (without ending) in two folders are a lesion; a CSV with a row per lesion and class."""
     if not (clinical and dermoscopy and Path(clinical).is_dir() and Path(dermoscopy).is_dir()):
         raise RunError("give two folders, --clinical DIR --dermoscopy DIR, with photos of the same names")
-    photos = [{path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
-              for folder in (clinical, dermoscopy)]
+    files = [[path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in data.PHOTOS] for folder in (clinical, dermoscopy)]
+    photos = [{path.stem: path for path in paths} for paths in files]
+    if any(len(by_name) < len(paths) for by_name, paths in zip(photos, files)):
+        raise RunError("two photos of a folder have one name and different endings; remove one of them")
     if alone := sorted(photos[0].keys() ^ photos[1].keys()):
         raise RunError(f"{len(alone)} photos have no partner of the same name: {', '.join(alone[:10])}")
     if not photos[0]:
@@ -667,7 +700,7 @@ def folder_of_lesions(run, network, saved, results, clinical, dermoscopy, device
 # ------------------------------------------------------------------------------------------------- curves, if matplotlib
 
 
-def draw_curves(run, results, p):
+def draw_curves(run, results, p, suffix):
     """curves.png, roc.png, confusion.png and reliability.png in the run's folder, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
@@ -714,7 +747,7 @@ def draw_curves(run, results, p):
     axes.plot([0, 1], [0, 1], ":", color="grey")
     axes.set(xlabel="confidence", ylabel="share correct")
     axes.legend(title="calibration error")
-    for name, figure in (("curves", curves), ("roc", roc), ("confusion", matrices), ("reliability", calibration)):
+    for name, figure in (("curves", curves), (f"roc{suffix}", roc), (f"confusion{suffix}", matrices), (f"reliability{suffix}", calibration)):
         figure.savefig(run / f"{name}.png", dpi=150)
 
 
@@ -727,7 +760,8 @@ def draw_sweep(path, groups):
     figure = Figure((8, 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), PAPER_MEANS):
         ws = sorted((float(group.split()[-1]), values[name]) for group, values in groups.items())
-        axes.errorbar([w for w, _ in ws], [100 * np.mean(v) for _, v in ws], [100 * np.std(v, ddof=min(1, len(v) - 1)) for _, v in ws], fmt="o-")
+        axes.errorbar([w for w, _ in ws], [100 * np.mean(v) for _, v in ws], [100 * np.std(v, ddof=min(1, len(v) - 1)) for _, v in ws],
+                      fmt="o-")
         axes.set(xlabel="W of Eq. 3", ylabel=f"{MEANS[name]} (%)")
     figure.savefig(path, dpi=150)
     print(f"picture: {path}")
@@ -751,13 +785,21 @@ def main(argv=None):
         parser.error("--tta predicts again, so it needs --data")
     if args.point and not all(0 <= each <= 1 for each in args.point):
         parser.error("--point goes from 0 0, the upper left corner, to 1 1")
-    if args.clinical or args.dermoscopy:
+    lesion = args.clinical or args.dermoscopy
+    if args.point and not lesion or lesion and (len(args.runs) > 1 or args.tta or args.against or args.data):
+        parser.error("--clinical and --dermoscopy take one RUN, --device and --point, and nothing else")
+    if len(args.runs) > 1 and (args.against or args.compare_paper):
+        parser.error("--against and --compare-paper take one RUN")
+    if lesion:
         return one_lesion(args.runs[0], args.clinical, args.dermoscopy, args.device, args.point)
     found = [evaluate_run(run, args.data, args.cache, args.device, args.tta) for run in args.runs]
     results = [each for each, _ in found]
+    for run, (_, p) in zip(args.runs, found):
+        if not same_lesions(found[0][1], p):
+            raise RunError(f"{args.runs[0]} and {run} have different tasks or test lesions; look at them one by one")
     if len(found) == 1:
         print_tables(results[0], args.compare_paper)
-        draw_curves(Path(args.runs[0]), *found[0])
+        draw_curves(Path(args.runs[0]), *found[0], "-tta" * args.tta)
     else:
         groups = print_groups(args.runs, results)
         if all(group.startswith("w ") and "," not in group for group in groups):

@@ -64,6 +64,9 @@ DEFAULTS = {
 DEMO = {"cases": 900, "height": 128}  # ours: drawn in 10 s, trained in 2 minutes
 
 
+MODEL_AND_LOSS = ("modality", "encoder", "fusion", "classifiers", "reading", "loss", "w")  # a default folder's name tells them
+
+
 def parse(argv):
     """The flags that were given, as a dict."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Each row of Tables 3 to 9 is one command; the "
@@ -108,6 +111,11 @@ def parse(argv):
         if not low <= given.get(flag, low) <= high:
             parser.error(f"--{flag.replace('_', '-')} {given[flag]}: it goes from {low} to {high}"
                          + ("; batch norm needs two pairs" if flag == "batch_size" else ""))
+    idle = (MODEL_AND_LOSS[1:] if given.get("modality", "both") != "both" else
+            ["w"] * (given.get("loss") == "equal") + ["reading"] * (given.get("fusion") == "concat"))
+    for flag in idle:
+        if given.get(flag, DEFAULTS[flag][0]) != DEFAULTS[flag][0]:
+            parser.error(f"--{flag} {given[flag]} would change nothing beside the other flags")
     return given
 
 
@@ -116,8 +124,9 @@ def settle(given):
     if "resume" in given:
         run = Path(given["resume"])
         try:
-            flags = json.loads((run / "args.json").read_text())["flags"]
-        except (OSError, ValueError) as error:
+            saved = json.loads((run / "args.json").read_text())
+            flags = saved["flags"] | {"release": saved["release"]}
+        except (OSError, ValueError, KeyError) as error:
             raise RunError(f"{run}: no run to go on with ({error})") from error
         moved = {flag: given[flag] for flag in ("data", "cache", "device") if flag in given}
         if changed := [f"--{flag} {value} (it began with {flags.get(flag)})" for flag, value in given.items()
@@ -165,7 +174,7 @@ def average_in(average, count, network):
 
 
 @torch.no_grad()
-def re_estimate(network, feed):
+def re_estimate(network, feed, autocast):
     """Batch-norm statistics of the average: the plain mean over one pass through the training pairs, in training mode."""
     norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -174,7 +183,8 @@ def re_estimate(network, feed):
         norm.momentum = None  # torch's way to say: cumulative average
     network.train()
     for clinical, dermoscopy, _ in feed:
-        network(clinical, dermoscopy)
+        with autocast():
+            network(clinical, dermoscopy)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
 
@@ -189,6 +199,16 @@ def save(path, state):
                        f"--resume {path.parent}") from error
 
 
+def load_checkpoint(path, device):
+    """What save() wrote, or None if there is no such file."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # torch raises half a dozen types for a damaged file, none of them says which
+        raise RunError(f"{path} is damaged ({error}); remove it to begin this run anew with --resume {path.parent}") from error
+
+
 def random_state(device):
     """The states of torch's generators: the CPU's and, if that is another, the device's."""
     on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
@@ -197,7 +217,7 @@ def random_state(device):
 
 def set_random_state(states, device):
     torch.set_rng_state(states[0].cpu())
-    for state in states[1:]:
+    for state in states[1:] if device.type != "cpu" else ():  # a run may move from one device to another
         torch.get_device_module(device).set_rng_state(state.cpu())
 
 
@@ -231,36 +251,44 @@ def main(argv=None):
     release = data.read(path, flags["binary"])
     for note in release.notes:
         print(note)
-    if "resume" not in given:
+    if "resume" in given:
+        if flags.pop("release") != release.fingerprint():
+            raise RunError(f"{path} is not what {run} began with: its photos, labels or split are others. Begin a new run with --out")
+    else:
         complete(flags, release)
         if flags["amp"] is None:
             flags["amp"] = has_bfloat16(device)
-        run = run or Path(f"runs/{release.kind}-{flags['backbone']}-{flags['seed']}")
-        begin(run, flags)
-    pixels = torch.from_numpy(data.load(release, flags["image_size"], flags["cache"]))
-    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        pixels = pixels.to(device)
+        changes = "".join(f"-{flag}-{value}" for flag, value in given.items() if flag in MODEL_AND_LOSS)
+        run = run or Path(f"runs/{release.kind}-{flags['backbone']}{changes}-{flags['seed']}")
+        begin(run, flags, release)
     try:
+        pixels = torch.from_numpy(data.load(release, flags["image_size"], flags["cache"]))
+        if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            pixels = pixels.to(device)
         fit(run, flags, release, pixels, device)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"stopped. Go on with: python train.py --resume {run}") from stop
+    except Exception:
+        if not (run / "last.pt").exists():
+            (run / "args.json").unlink(missing_ok=True)  # nothing was learned: the folder is free for another attempt
+        raise
     return evaluate.main([str(run), "--data", str(path), "--cache", flags["cache"], "--device", str(device)])
 
 
 def fit(run, flags, release, pixels, device):
     """The recipe: from photos (N, 2, S, S, 3) uint8 to model.pt; from last.pt on if the run has one."""
     torch.manual_seed(flags["seed"])
+    state = load_checkpoint(run / "last.pt", device)
     network = model.make(flags, [len(classes) for classes in release.tasks.values()],
-                         None if flags["weights"] == "none" else flags["weights"]).to(device)
-    forward = torch.compile(network) if flags["compile"] else network
+                         None if state or flags["weights"] == "none" else flags["weights"]).to(device)
+    forward = torch.compile(network, dynamic=False) if flags["compile"] else network  # one graph a batch size, in any order
     optimizer = torch.optim.Adam(network.parameters(), flags["lr"], fused=True)  # paper, Sec. 4.1; no weight decay
     criterion = equal_loss if flags["loss"] == "equal" else partial(biased_loss, w=flags["w"])
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=flags["amp"])
     labels = torch.from_numpy(release.labels).to(device)
     train_rows, valid_rows = (torch.from_numpy(release.rows(split)) for split in ("train", "valid"))
     average, log, first = [], [], 0
-    if (run / "last.pt").exists():
-        state = torch.load(run / "last.pt", map_location=device, weights_only=True)
+    if state:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         average, log, first = state["average"], state["log"], state["epoch"]
@@ -294,8 +322,8 @@ def fit(run, flags, release, pixels, device):
         if not (finite := losses[:, 0].isfinite()).all():
             batch = int((~finite).nonzero()[0])
             raise RunError(f"the loss of epoch {epoch + 1}, batch {batch + 1} is {losses[batch, 0]:g}; its cases: "
-                           f"{', '.join(release.cases[row] for row in seen[batch])}. {run}/last.pt is intact; try a lower --lr "
-                           "or --no-amp")
+                           f"{', '.join(release.cases[row] for row in seen[batch])}. What was saved before is intact. Try a lower --lr "
+                           "or --no-amp, in another --out")
         if epoch + 1 >= flags["swa_start"]:
             average = average or [torch.zeros_like(weight) for weight in network.parameters()]
             average_in(average, epoch + 1 - flags["swa_start"], network)
@@ -316,9 +344,9 @@ def fit(run, flags, release, pixels, device):
     with torch.no_grad():
         for weight, mean in zip(network.parameters(), average):
             weight.copy_(mean)
-    with autocast():
-        re_estimate(network, feed())
+    re_estimate(network, feed(), autocast)
     save(run / "model.pt", {"state": network.state_dict(), "flags": flags,
+                            "trained": [name for row in train_rows.tolist() for name in release.files(row)],
                             "tasks": {task: list(classes) for task, classes in release.tasks.items()}})
 
 
@@ -336,12 +364,15 @@ def validation(network, pixels, release, rows, device, flags):
     return {"valid_auc": float(found["mean_auc"][0]), "valid_accuracy": float(found["mean_accuracy"][0])}
 
 
-def begin(run, flags):
+def begin(run, flags, release):
     """The run's folder with its args.json; refused if there is a run in it."""
+    text = json.dumps({"flags": flags, "release": release.fingerprint()} | about(), indent=1)
+    if run.exists() and not run.is_dir():
+        raise RunError(f"--out {run} is a file")
     try:
         run.mkdir(parents=True, exist_ok=True)
         with open(run / "args.json", "x") as file:  # "x": of two runs that start at once only one gets the folder
-            json.dump({"flags": flags} | about(), file, indent=1)
+            file.write(text)
     except FileExistsError as error:
         raise RunError(f"{run} holds a run. Go on with it: --resume {run}. See its tables: python evaluate.py {run}. "
                        "Begin another: --out DIR") from error
@@ -354,7 +385,7 @@ def spoken_errors():
     """Ends the program with one sentence where a user can do something about it: exit code 2, 130 for Ctrl-C."""
     try:
         yield
-    except (RunError, data.DataError, backbones.WeightsError) as error:
+    except (RunError, data.DataError, backbones.WeightsError, OSError) as error:  # OSError: a full disk, and which file
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:

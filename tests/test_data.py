@@ -155,6 +155,34 @@ def test_isic_pairs_are_made_by_the_stated_rules(tmp_path):
     assert all(split[f"IL_{2 * p}"] == split[f"IL_{2 * p + 1}"] for p in range(2, 20)), "a patient in two splits"
 
 
+@pytest.mark.parametrize("linked", ["photos", "circle"])
+def test_linked_folders_are_entered_once(tmp_path, linked):
+    folder = make_milk(tmp_path / "release")
+    if linked == "photos":
+        (folder / "MILK10k_Training_Input").rename(tmp_path / "elsewhere")
+        (folder / "MILK10k_Training_Input").symlink_to(tmp_path / "elsewhere")
+    else:
+        (folder / "MILK10k_Training_Input" / "circle").symlink_to(folder)
+    assert len(data.read(folder).cases) == 40
+
+
+def test_photos_of_one_name(tmp_path):
+    folder = make_milk(tmp_path)
+    shutil.copytree(folder / "MILK10k_Training_Input", folder / "copy")
+    assert len(data.read(folder).cases) == 40  # the same pictures twice do no harm
+    photo(folder / "masks" / "ISIC_0000006.png")
+    with pytest.raises(DataError, match="different photos have one name, keep one: .*ISIC_0000006"):
+        data.read(folder)
+
+
+def test_exact_names_go_before_similar_ones(tmp_path):
+    make_pairs(tmp_path)
+    photo(tmp_path / "C3.PNG")
+    rewrite(tmp_path / "pairs.csv", lambda rows: rows[5].__setitem__(0, "C3.PNG"))
+    found = data.read(tmp_path)
+    assert [found.photos[n][0].name for n in (3, 4)] == ["c3.png", "C3.PNG"]
+
+
 def test_old_isic_columns(tmp_path):
     make_isic(tmp_path, columns=("isic_id", "meta.clinical.lesion_id", "patient_id", "meta.acquisition.image_type",
                                  "meta.clinical.benign_malignant", "sex"))
@@ -176,7 +204,36 @@ def test_your_own_pairs(tmp_path):
         assert found.labels[:4].tolist() == [[0, 1], [1, 0], [0, -1], [1, 0]]
 
 
+def test_patient_id_is_a_patient_and_none_is_a_class(tmp_path):
+    def change(rows):
+        rows[0] += ["patient_id", "streaks"]
+        for n, row in enumerate(rows[1:]):
+            row += [f"P{n // 3}" if n < 20 else "unknown", ("none", "regular", "")[n % 3]]
+    make_pairs(tmp_path)
+    rewrite(tmp_path / "pairs.csv", change)
+    found = data.read(tmp_path)
+    assert found.tasks == {"lesion": ("a", "b"), "streaks": ("none", "regular")} and (found.labels[2::3, 1] == -1).all()
+    assert all(len(set(found.split[3 * p:3 * p + 3])) == 1 for p in range(6))
+
+
 # ----------------------------------------------------------------------------------------------------------- the splits
+
+
+def test_the_published_release_is_read_even_if_it_leaks(spc, monkeypatch):
+    leak_file(spc)
+    monkeypatch.setattr(data, "SPC_SPLIT", {"train": 25, "valid": 12, "test": 23})
+    labels = read_labels(spc)
+    monkeypatch.setattr(data, "SPC", {task: (column, {name: (int((labels[:, t] == k).sum()), strings) for k, (name, (_, strings)) in
+                                                      enumerate(classes.items())}) for t, (task, (column, classes)) in enumerate(data.SPC.items())})
+    found = data.read(spc)
+    assert any(note.startswith("WARNING") and "in two splits" in note and "kept as published" in note for note in found.notes)
+
+
+def read_labels(folder):
+    with open(folder / "meta" / "meta.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return np.array([[next(k for k, (_, strings) in enumerate(classes.values()) if row[column] in strings)
+                      for column, classes in data.SPC.values()] for row in rows])
 
 
 def test_split_is_scikit_learns_and_always_the_same(tmp_path):
@@ -307,6 +364,13 @@ REFUSED_ELSEWHERE = {
         row.__setitem__(3, "dermoscopic") for row in r[1:]]), "no lesion with two photos"),
     "isic: no diagnosis column": (make_isic, lambda f: rewrite(f / "metadata.csv", lambda r: r[0].__setitem__(4, "dx")),
                                   "no column diagnosis_1 or benign_malignant"),
+    "isic: two diagnoses": (make_isic, lambda f: rewrite(f / "metadata.csv", lambda r: r[2].__setitem__(4, "Malignant")),
+                            "line 2 and .*line 3: one lesion, but diagnosis_1 is 'Benign' and 'Malignant'"),
+    "a column twice": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [row.append(row[2]) for row in r]),
+                       "two columns are called lesion"),
+    "an open quotation mark": (make_pairs, lambda f: text_of(f / "pairs.csv", lambda b: b + b'"' + b"x" * 200_000),
+                               "is a quotation mark left open"),
+    "pairs: small classes": (lambda f: make_pairs(f, 16), lambda f: None, "or no class has 10"),
     "pairs: too few": (lambda f: make_pairs(f, 8), lambda f: None, "8 independent lesions are too few to split"),
     "pairs: a column of names": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [
         row.append(f"name{n}") for n, row in enumerate(r)]), "column name0: 40 different values"),
@@ -598,6 +662,17 @@ def test_synthetic_lesions_are_seeded_whole_and_in_derm7pts_layout(release, tmp_
     assert data.synthesize(release, cases=5) == release and len(list((release / "images").iterdir())) == 120
 
 
+def test_two_runs_that_draw_at_once_do_no_harm(tmp_path, monkeypatch):
+    rename = os.rename
+    def late(source, target):  # the other one is faster
+        monkeypatch.setattr(os, "rename", rename)
+        data.synthesize(target, cases=12, height=32)
+        rename(source, target)
+    monkeypatch.setattr(os, "rename", late)
+    data.synthesize(tmp_path / "spc", cases=12, height=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["spc"]
+
+
 def test_synthetic_classes_are_about_as_frequent_as_published():
     rng = np.random.default_rng(0)
     signs = [data.invent_signs(rng) for _ in range(3000)]
@@ -605,6 +680,14 @@ def test_synthetic_classes_are_about_as_frequent_as_published():
         for name, (count, _) in classes.items():
             here, published = np.mean([s[task] == name for s in signs]), count / 1011
             assert published / 2 - 0.02 < here < 2 * published + 0.02, f"{task} {name}: {here:.3f}, published {published:.3f}"
+
+
+def test_main_names_broken_photos_and_keeps_what_is_there(spc):
+    text_of(spc / "images" / "derm0007.jpg", lambda b: b[:len(b) // 2])
+    with pytest.raises(DataError, match="derm0007.jpg"):
+        data.main([str(spc)])
+    with pytest.raises(SystemExit):
+        data.main([str(spc), "--synthesize", "20"])
 
 
 def test_main_reports_and_draws_a_contact_sheet(release, tmp_path, monkeypatch, capsys):

@@ -150,6 +150,16 @@ def test_fuse_averages_logits():
     close(evaluate.fuse(branches, weights, TASKS), expected, 1e-12)
 
 
+def test_unknown_and_single_classes_do_not_end_in_numbers():
+    labels, probabilities = predictions()
+    assert evaluate.find_temperature(probabilities, np.full((80, 2), -1), TASKS) == 1
+    one = {"DIAG": ("a", "b")}
+    found = evaluate.intervals(probabilities[:, :2], np.zeros((80, 1), int), one)
+    assert found["mean_auc"] == [None, None]
+    p = evaluate.Predictions(one, ["1", "2"], np.array(["test", "valid"]), np.zeros((2, 1), int), {"fused": np.full((2, 2), 0.5)}, {})
+    assert "mean_auc" not in evaluate.difference(p, p)
+
+
 def test_temperature_and_calibration_error():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4000, 5)) * 2
@@ -294,6 +304,28 @@ def test_paired_difference(run, tmp_path, capsys):
     assert "+0.0 points" in capsys.readouterr().out
 
 
+def test_lesions_of_the_training_split_are_never_tested(run, release, tmp_path):
+    """The same photos under another split: what was trained on would be tested."""
+    other = shutil.copytree(release, tmp_path / "other")
+    indexes = [other / "meta" / f"{split}_indexes.csv" for split in ("train", "test")]
+    texts = [path.read_text() for path in indexes]
+    for path, text in zip(indexes, reversed(texts)):
+        path.write_text(text)
+    with pytest.raises(RunError, match="was trained on 25 of the validation and test lesions"):
+        evaluate.main([str(run), "--data", str(other), "--cache", str(tmp_path / "cache"), "--device", "cpu"])
+
+
+def test_runs_on_other_lesions_are_not_averaged(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    text = (other / "predictions.csv").read_text()
+    (other / "predictions.csv").write_text(text.replace("38,test", "x38,test"))
+    with pytest.raises(RunError, match="different tasks or test lesions"):
+        evaluate.main([str(run), str(other)])
+    (other / "predictions.csv").write_text(text[:5000])
+    with pytest.raises(RunError, match="is not as it was written"):
+        evaluate.main([str(other)])
+
+
 def test_subgroups_count_and_leave_out_empty_classes():
     labels, probabilities = predictions(60)
     labels[:10, 0] = 0  # the young have class a alone: no AUC from DIAG
@@ -333,6 +365,31 @@ def test_one_lesion(run, release, capsys):
     close(sum(part.sum() for part in evaluate.by_task(found["fused"], SPC)), 8.0)
     with Image.open(run / "lesion-clinic0050.png") as picture:
         assert picture.width == 1200
+
+
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.2, 0.3, 0.5)])
+def test_the_gradient_map_is_that_of_the_answer(weights):
+    """Of photos that only their own branch reads: a branch without weight in the answer has no map."""
+    torch.manual_seed(0)
+    network = evaluate.model.PEMM("convnext_atto", (3, 2), fusion="concat").eval()
+    photos = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    maps, reads = evaluate.look(network, photos, dict(zip(evaluate.model.BRANCHES, weights)), [0, 1], torch.device("cpu"), None)
+    assert not reads
+    assert [bool(each.any()) for each in maps] == [weights[0] + weights[2] > 0, weights[1] + weights[2] > 0]
+
+
+def test_attention_of_a_point_is_that_of_the_second_stage():
+    torch.manual_seed(0)
+    network = evaluate.model.PEMM("convnext_atto", (3, 2)).eval()
+    photos = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    _, reads = evaluate.look(network, photos, {"fusion": 1.0}, [0, 1], torch.device("cpu"), (0.99, 0.0))
+    with torch.no_grad():
+        c, d = (photo for photo in data.normalise(torch.from_numpy(photos)[None]))
+        encoder = network.encoders[0]
+        c, d = network.attentions[0](encoder.stages[0](encoder.stem(c)), encoder.stages[0](encoder.stem(d)))
+        expected = network.attentions[1].weights_at(encoder.stages[1](c), encoder.stages[1](d), 0, 7)
+    for (found, mark), weights in zip(reads, expected):
+        close(found, 64 * weights[0], 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["clinical", "dermoscopy"])

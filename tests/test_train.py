@@ -1,4 +1,5 @@
 """The recipe: SWA, cosine and optimiser against torch's own; runs that are stopped and go on; failures that speak."""
+import contextlib
 import copy
 import csv
 import errno
@@ -78,7 +79,7 @@ def test_re_estimate_is_torchs_update_bn():
     torch.manual_seed(0)  # dropout and drop-path
     torch.optim.swa_utils.update_bn([torch.stack(pair[:2]) for pair in feed], OneInput())
     torch.manual_seed(0)
-    train.re_estimate(network, feed)
+    train.re_estimate(network, feed, contextlib.nullcontext)
     found, expected = network.state_dict(), twin.state_dict()
     norms = [key for key in found if "running" in key]
     assert len(norms) == 3 * 2 * 2  # three classifiers, two norms each, mean and variance
@@ -95,7 +96,7 @@ def test_swa_of_a_run_is_torchs(tiny, monkeypatch, tmp_path):
             twins.append(torch.optim.swa_utils.AveragedModel(network))
         twins[0].update_parameters(network)
         average_in(average, count, network)
-    def estimate_both(network, feed):
+    def estimate_both(network, feed, autocast):
         feed = list(feed)
         class OneInput(nn.Module):
             def __init__(self):
@@ -106,7 +107,7 @@ def test_swa_of_a_run_is_torchs(tiny, monkeypatch, tmp_path):
         state = torch.get_rng_state()
         torch.optim.swa_utils.update_bn([torch.stack(pair[:2]) for pair in feed], OneInput())
         torch.set_rng_state(state)
-        re_estimate(network, feed)
+        re_estimate(network, feed, autocast)
     monkeypatch.setattr(train, "average_in", average_both)
     monkeypatch.setattr(train, "re_estimate", estimate_both)
     tiny("run", "--no-amp")
@@ -215,6 +216,42 @@ def test_a_finished_run_resumed_stays_as_it_is_and_refuses_other_flags(finished,
         train.main(["--resume", str(tmp_path / "run"), "--epochs", "9"])
 
 
+def test_a_run_does_not_go_on_with_other_data(finished, release, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    changed = shutil.copytree(release, tmp_path / "changed")
+    table = (changed / "meta" / "meta.csv").read_text()
+    (changed / "meta" / "meta.csv").write_text(table.replace("typical", "absent", 1))
+    with pytest.raises(RunError, match="is not what .* began with"):
+        train.main(["--resume", str(tmp_path / "run"), "--data", str(changed)])
+
+
+def test_a_start_that_failed_leaves_the_folder_free(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.data, "load", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny("run")
+    tiny("run", "--epochs", "1", "--swa-start", "1")
+
+
+def test_damaged_checkpoint_is_named(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "last.pt").write_bytes(b"")
+    with pytest.raises(RunError, match="last.pt is damaged"):
+        train.main(["--resume", str(tmp_path / "run")])
+
+
+def test_default_folders_tell_the_rows_of_the_tables_apart(release, tmp_path, monkeypatch):
+    names = []
+    def begin(run, flags, release):
+        names.append(run.name)
+        raise RunError("far enough")
+    monkeypatch.setattr(train, "begin", begin)
+    for flags in ([], ["--fusion", "ca"], ["--w", "0.3"], ["--seed", "7"]):
+        with pytest.raises(RunError):
+            train.main(["--data", str(release), *TINY, *flags])
+    assert names == [f"synthetic-convnext_atto{middle}" for middle in ("-0", "-fusion-ca-0", "-w-0.3-0", "-7")]
+
+
 def test_a_folder_holds_one_run(finished, release):
     with pytest.raises(RunError, match="holds a run. Go on with it: --resume"):
         train.main(["--data", str(release), *TINY, "--out", str(finished)])
@@ -248,7 +285,7 @@ def test_exchanged_labels_of_training_show_in_the_test_split(tmp_path):
 
 
 def test_loss_that_is_not_finite_names_the_cases(tiny, release, tmp_path):
-    with pytest.raises(RunError, match=r"the loss of epoch \d, batch \d is (nan|inf); its cases: \d+, .*last.pt is intact.*lower --lr"):
+    with pytest.raises(RunError, match=r"the loss of epoch \d, batch \d is (nan|inf); its cases: \d+, .*saved before is intact.*lower --lr"):
         tiny("run", "--lr", "1e9", "--no-amp")
 
 
@@ -272,8 +309,9 @@ def test_full_disk_keeps_the_last_checkpoint(finished, tiny, monkeypatch, tmp_pa
 @pytest.mark.parametrize("flags, says", [
     (["--device", "nonsense"], "--device nonsense: "),
     (["--resume", "nowhere"], "nowhere: no run to go on with"),
-    (["--epochs", "3", "--swa-start", "2", "--out", "/dev/null/run"], "--out /dev/null/run cannot be written"),
-], ids=["device", "resume", "out"])
+    (["--out", "/dev/null/run"], "--out /dev/null/run cannot be written"),
+    (["--out", __file__], "is a file"),
+], ids=["device", "resume", "out", "file"])
 def test_wrong_flags_are_one_sentence(flags, says, release, tmp_path):
     arguments = flags if "--resume" in flags else ["--data", str(release), "--cache", str(tmp_path), *TINY, *flags]
     with pytest.raises(RunError, match=says):
@@ -281,7 +319,8 @@ def test_wrong_flags_are_one_sentence(flags, says, release, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--w", "0.6"], ["--batch-size", "1"], ["--epochs", "0"], ["--swa-start", "5", "--epochs", "4"],
-                                   ["--image-size", "8"], ["--fusion", "none"], ["--epoch", "x"]], ids=" ".join)
+                                   ["--image-size", "8"], ["--fusion", "none"], ["--epoch", "x"],
+                                   ["--modality", "clinical", "--fusion", "ca"], ["--loss", "equal", "--w", "0.3"]], ids=" ".join)
 def test_flags_out_of_range_are_usage_errors(flags, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(flags)
