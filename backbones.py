@@ -354,38 +354,38 @@ ENUMS = {  # the published weights: torchvision's first recipe, the one of the n
 
 # torchvision's parameter names and ours: patterns replaced in this order.
 STAGES_OF_FEATURES = {
-    "^features.1.": "stages.0.blocks.", "^features.3.": "stages.1.blocks.",
-    "^features.5.": "stages.2.blocks.", "^features.7.": "stages.3.blocks.",
+    r"^features\.1\.": "stages.0.blocks.", r"^features\.3\.": "stages.1.blocks.",
+    r"^features\.5\.": "stages.2.blocks.", r"^features\.7\.": "stages.3.blocks.",
 }
 SWIN_KEYS = STAGES_OF_FEATURES | {
-    "^features.0.0.": "stem.proj.", "^features.0.2.": "stem.norm.",
-    "^features.2.": "stages.1.merge.", "^features.4.": "stages.2.merge.", "^features.6.": "stages.3.merge.",
-    r"\bmlp.0.": "mlp.fc1.", r"\bmlp.3.": "mlp.fc2.",
+    r"^features\.0\.0\.": "stem.proj.", r"^features\.0\.2\.": "stem.norm.",
+    r"^features\.2\.": "stages.1.merge.", r"^features\.4\.": "stages.2.merge.", r"^features\.6\.": "stages.3.merge.",
+    r"\bmlp\.0\.": "mlp.fc1.", r"\bmlp\.3\.": "mlp.fc2.",
 }
 CONVNEXT_KEYS = STAGES_OF_FEATURES | {
-    "^features.0.0.": "stem.conv.", "^features.0.1.": "stem.norm.",
-    "^features.2.0.": "stages.1.downsample.norm.", "^features.2.1.": "stages.1.downsample.conv.",
-    "^features.4.0.": "stages.2.downsample.norm.", "^features.4.1.": "stages.2.downsample.conv.",
-    "^features.6.0.": "stages.3.downsample.norm.", "^features.6.1.": "stages.3.downsample.conv.",
-    "block.0.": "dwconv.", "block.2.": "norm.", "block.3.": "pwconv1.", "block.5.": "pwconv2.", "layer_scale$": "gamma",
-    "^classifier.0.": "norm.",
+    r"^features\.0\.0\.": "stem.conv.", r"^features\.0\.1\.": "stem.norm.",
+    r"^features\.2\.0\.": "stages.1.downsample.norm.", r"^features\.2\.1\.": "stages.1.downsample.conv.",
+    r"^features\.4\.0\.": "stages.2.downsample.norm.", r"^features\.4\.1\.": "stages.2.downsample.conv.",
+    r"^features\.6\.0\.": "stages.3.downsample.norm.", r"^features\.6\.1\.": "stages.3.downsample.conv.",
+    r"block\.0\.": "dwconv.", r"block\.2\.": "norm.", r"block\.3\.": "pwconv1.", r"block\.5\.": "pwconv2.", r"layer_scale$": "gamma",
+    r"^classifier\.0\.": "norm.",
 }
 RESNET_KEYS = {
-    "^conv1.": "stem.conv1.", "^bn1.": "stem.bn1.",
-    "^layer1.": "stages.0.", "^layer2.": "stages.1.", "^layer3.": "stages.2.", "^layer4.": "stages.3.",
+    r"^conv1\.": "stem.conv1.", r"^bn1\.": "stem.bn1.",
+    r"^layer1\.": "stages.0.", r"^layer2\.": "stages.1.", r"^layer3\.": "stages.2.", r"^layer4\.": "stages.3.",
 }
 DENSENET_KEYS = {
-    "^features.conv0.": "stem.conv0.", "^features.norm0.": "stem.norm0.", "^features.norm5.": "norm.",
-    "^features.denseblock1.": "stages.0.block.", "^features.transition1.": "stages.0.transition.",
-    "^features.denseblock2.": "stages.1.block.", "^features.transition2.": "stages.1.transition.",
-    "^features.denseblock3.": "stages.2.block.", "^features.transition3.": "stages.2.transition.",
-    "^features.denseblock4.": "stages.3.block.",
+    r"^features\.conv0\.": "stem.conv0.", r"^features\.norm0\.": "stem.norm0.", r"^features\.norm5\.": "norm.",
+    r"^features\.denseblock1\.": "stages.0.block.", r"^features\.transition1\.": "stages.0.transition.",
+    r"^features\.denseblock2\.": "stages.1.block.", r"^features\.transition2\.": "stages.1.transition.",
+    r"^features\.denseblock3\.": "stages.2.block.", r"^features\.transition3\.": "stages.2.transition.",
+    r"^features\.denseblock4\.": "stages.3.block.",
     r"(norm|conv)\.([12])\.": r"\1\2.",  # the published file still has the names of an older torch: norm.1 for norm1
 }
 KEYS = {"swin_t": SWIN_KEYS, "swin_v2_t": SWIN_KEYS, "convnext_t": CONVNEXT_KEYS, "convnext_atto": CONVNEXT_KEYS,
         "resnet50": RESNET_KEYS, "densenet201": DENSENET_KEYS}
 
-HEAD = re.compile(r"^(head|fc|classifier|classifier\.2)\.(weight|bias)$")  # ImageNet's classifier
+HEAD = re.compile(r"^(head|fc|classifier|classifier\.[12])\.(weight|bias)$")  # ImageNet's classifier
 DERIVED = re.compile(r"relative_position_index|relative_coords_table")  # tables that Swin computes itself
 
 
@@ -411,14 +411,14 @@ def build(name, weights=None):
 def published_weights(name):
     """torchvision's ImageNet weights, from its cache or the network."""
     if name not in ENUMS:
-        raise WeightsError(f"torchvision publishes no ImageNet weights for {name}: use --weights none or a path.")
+        raise WeightsError(f"ENUMS in backbones.py has no ImageNet weights for {name}: use --weights none or a path.")
     url = ENUMS[name].url
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:
         return ENUMS[name].get_state_dict(progress=True, check_hash=True, weights_only=True), path
     except (URLError, OSError) as error:
         raise WeightsError(f"{name}: cannot download its ImageNet weights ({error}). Fetch {url} on a machine that can and "
-                           f"put it at {path}, or go on without: --weights none.") from error
+                           f"put it at {path}, or go on without: --weights none, with a higher --lr such as 3e-4.") from error
 
 
 def read_weights(path):
@@ -442,25 +442,31 @@ def load(encoder, state, keys, source):
                 key = re.sub(pattern, ours, key)
             theirs[key] = value
     ours = encoder.state_dict()
-    problems = [f"missing {key}" for key in ours.keys() - theirs.keys()
-                if not key.endswith("num_batches_tracked")]  # which files older than torch 0.4.1 lack, and nothing reads
-    problems += [f"not of this network: {key}" for key in theirs.keys() - ours.keys()]
-    problems += [f"{key} is {tuple(theirs[key].shape)}, not {tuple(ours[key].shape)}"
-                 for key in ours.keys() & theirs.keys() if ours[key].shape != theirs[key].shape]
+    problems = []
+    for kind, names in (  # num_batches_tracked: files older than torch 0.4.1 lack it, and nothing reads it
+            ("missing", [key for key in ours.keys() - theirs.keys() if not key.endswith("num_batches_tracked")]),
+            ("not of this network:", theirs.keys() - ours.keys()),
+            ("of another shape:", [f"{key} is {tuple(theirs[key].shape)}, not {tuple(ours[key].shape)}"
+                                   for key in ours.keys() & theirs.keys() if ours[key].shape != theirs[key].shape])):
+        if names:
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            problems.append(f"{kind} {', '.join(sorted(names)[:6])}{more}")
     if problems:
-        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise WeightsError(f"{source} does not fit {type(encoder).__name__}: {'; '.join(sorted(problems)[:12])}{more}.")
+        raise WeightsError(f"{source} does not fit {type(encoder).__name__}: {'; '.join(problems)}.")
     encoder.load_state_dict(theirs, strict=False)
     if any(HEAD.search(key) for key in state):
         print(f"{source}: loaded, without its ImageNet classifier")
 
 
 def torchvision_twin(name):
-    """torchvision's own network of that name, to compare with."""
-    if name == "convnext_atto":
-        block = torchvision.models.convnext.CNBlockConfig
-        return torchvision.models.ConvNeXt([block(40, 80, 2), block(80, 160, 2), block(160, 320, 6), block(320, None, 2)], 0.1)
-    return getattr(torchvision.models, {"convnext_t": "convnext_tiny"}.get(name, name))()
+    """torchvision's own network of that name, or its ConvNeXt of those depths and widths, to compare with."""
+    name = {"convnext_t": "convnext_tiny"}.get(name, name)
+    if hasattr(torchvision.models, name):
+        return getattr(torchvision.models, name)()
+    encoder = BACKBONES[name]()
+    widths, depths = [*encoder.channels, None], [len(stage.blocks) for stage in encoder.stages]
+    block = torchvision.models.convnext.CNBlockConfig
+    return torchvision.models.ConvNeXt([block(*each) for each in zip(widths, widths[1:], depths)], 0.1)
 
 
 def largest_difference(name, size):

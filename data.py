@@ -213,8 +213,11 @@ def locate(folder, index, name, where):
     return path if path.is_file() else index.get(Path(name).as_posix().lower(), path)
 
 
+EMPTY = ("", "nan", "na", "n/a")
+
+
 def unknown(text):
-    return text.lower() in ("", "nan", "na", "n/a", "none", "unknown")
+    return text.lower() in (*EMPTY, "none", "unknown")
 
 
 def read_spc(folder):
@@ -348,9 +351,11 @@ def read_pairs(table):
     columns = [column for column in rows[0] if column not in ("clinical", "dermoscopy", "split", "patient", "where", *METADATA)]
     tasks = {}
     for column in columns:
-        classes = sorted({row[column] for row in rows} - {""}, key=lambda name: (name != "absent", name))
-        if not 2 <= len(classes) <= max(20, len(rows) // 10):
-            raise DataError(f"{table}, column {column}: {len(classes)} different values in {len(rows)} rows do not make a task; "
+        classes = sorted({row[column] for row in rows if row[column].lower() not in EMPTY}, key=lambda name: (name != "absent", name))
+        if len(classes) < 2:
+            raise DataError(f"{table}, column {column}: a task needs two classes; {len(classes)} in {len(rows)} rows. Add lesions, or remove it")
+        if len(classes) > max(20, len(rows) // 10):
+            raise DataError(f"{table}, column {column}: {len(classes)} different values in {len(rows)} rows look like names, not classes; "
                             "remove the column")
         tasks[column] = tuple(classes)
     if not tasks:
@@ -362,7 +367,7 @@ def read_pairs(table):
             raise DataError(f"{row['where']}: split is {row['split']!r}; write train, valid or test in every row, or in none")
         files = [Path(row[kind]) if Path(row[kind]).is_absolute() else locate(table.parent, index, row[kind], row["where"])
                  for kind in ("clinical", "dermoscopy")]
-        lesions.append(Lesion(str(n + 1), *files, [-1 if row[task] == "" else classes.index(row[task])
+        lesions.append(Lesion(str(n + 1), *files, [classes.index(row[task]) if row[task] in classes else -1
                                                    for task, classes in tasks.items()], row, split, row.get("patient", "")))
     return "pairs", tasks, lesions, []
 
@@ -776,6 +781,11 @@ def main(argv=None):
     print(f"{args.path}: {release.kind}, {len(release.cases)} lesions, two photos each")
     for note in release.notes:
         print(f"  {note}")
+    if release.metadata:
+        print(f"  columns for subgroups: {', '.join(release.metadata)}")
+    if any(len(classes) == 2 for classes in release.tasks.values()):
+        print("  of two classes the second is the positive one: " +
+              ", ".join(f"{task} {classes[1]}" for task, classes in release.tasks.items() if len(classes) == 2))
     print(f"  {'task':6} {'class':12}" + "".join(f"{split:>8}" for split in SPLITS) + "     all")
     for t, (task, classes) in enumerate(release.tasks.items()):
         for k, name in enumerate(classes):

@@ -395,6 +395,8 @@ def read_predictions(path):
         branches = {name: np.array([float(row[name]) for row in rows]).reshape(-1, K)
                     for name in (*model.BRANCHES, "fused") if name in rows[0]}
     except FileNotFoundError as error:
+        if not (path.parent / "model.pt").exists():
+            raise RunError(f"{path.parent} is no finished run; if one was stopped there, python train.py --resume {path.parent}") from error
         raise RunError(f"{path} is missing: evaluate.py RUN --data PATH predicts again from model.pt") from error
     except (LookupError, TypeError, ValueError) as error:
         raise RunError(f"{path} is not as it was written ({error}): evaluate.py RUN --data PATH writes it anew") from error
@@ -657,8 +659,7 @@ def one_lesion(run, clinical, dermoscopy, device, point):
     branches, tasks = answer(network, saved, results, clinical, dermoscopy, device), saved["tasks"]
     both, last = clinical and dermoscopy, list(branches)[-1]
     if not both:
-        print(f"only the {last} photo: the answer of its branch. What reads both photos finds this one in both places, as in the "
-              "nine derm7pt cases that have one file for both")
+        print(f"only the {last} photo: the answer of its branch, in which that photo takes the place of the missing one too")
     labels, paths = print_answer(branches, tasks), [Path(clinical or dermoscopy), Path(dermoscopy or clinical)]
     photos = np.stack([data.decode(path, saved["flags"]["image_size"]) for path in paths])
     maps, reads = look(network, photos, results["weights"] if last == "fused" else {last: 1.0}, labels, device, point)
@@ -790,6 +791,8 @@ def main(argv=None):
         parser.error("--clinical and --dermoscopy take one RUN, --device and --point, and nothing else")
     if len(args.runs) > 1 and (args.against or args.compare_paper):
         parser.error("--against and --compare-paper take one RUN")
+    if len({Path(run).resolve() for run in args.runs}) < len(args.runs):
+        parser.error("a RUN is given twice")
     if lesion:
         return one_lesion(args.runs[0], args.clinical, args.dermoscopy, args.device, args.point)
     found = [evaluate_run(run, args.data, args.cache, args.device, args.tta) for run in args.runs]

@@ -44,9 +44,9 @@ def branch_loss(logits, labels):
 
 def weighted_loss(outputs, labels, w_c, w_d, w_f):
     """Eq. 2. A model of one modality has one branch, whose loss is then the whole loss."""
-    parts = [branch and branch_loss(branch, labels) for branch in outputs]
+    parts = [None if branch is None else branch_loss(branch, labels) for branch in outputs]
     present = [part for part in parts if part is not None]
-    total = w_c * parts[0] + w_d * parts[1] + w_f * parts[2] if len(present) == 3 else present[0]
+    total = present[0] if len(present) == 1 else sum(w * part for w, part in zip((w_c, w_d, w_f), parts, strict=True))
     return Loss(total, *(part if part is None else part.detach() for part in parts))
 
 

@@ -92,6 +92,7 @@ class PEMM(nn.Module):
         return self.both([encoder.pool for encoder in self.encoders], c, d)
 
     def both(self, modules, c, d):
+        """One module for both photos, or one each; of a single one, [0] and [-1] are the same."""
         if self.one_batch:
             return modules[0](torch.cat((c, d))).chunk(2)
         return modules[0](c), modules[-1](d)

@@ -36,7 +36,7 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale):  # (B, N, d), (B, N, d), (B, N, C) -> (B, N, C)
-        k, out = k * scale, torch.empty_like(v)
+        k, out = k * scale, v.new_empty(*q.shape[:2], v.shape[2])
         for images, rows in blocks(q):
             weights = (q[images, rows] @ k[images].mT).softmax(-1)  # (images, rows, N)
             out[images, rows] = weights @ v[images]
@@ -50,11 +50,11 @@ class BlockedAttention(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         wide = torch.promote_types(q.dtype, torch.float32)  # sums over blocks of bfloat16 are kept in float32
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        mean = (grad * out).sum(-1, keepdim=True)  # = the row sums of weights * dweights, which softmax's gradient subtracts
+        row_sums = (grad * out).sum(-1, keepdim=True)  # of weights * dweights, which softmax's gradient subtracts
         for images, rows in blocks(q):
             weights = (q[images, rows] @ k[images].mT).softmax(-1)
             dv[images] += weights.mT @ grad[images, rows]
-            dscores = (grad[images, rows] @ v[images].mT).sub_(mean[images, rows]).mul_(weights)
+            dscores = (grad[images, rows] @ v[images].mT).sub_(row_sums[images, rows]).mul_(weights)
             dq[images, rows] = dscores @ k[images]
             dk[images] += dscores.mT @ q[images, rows]
         return dq, (dk * ctx.scale).to(k.dtype), dv.to(v.dtype), None

@@ -73,8 +73,9 @@ def parse(argv):
                                      "README lists them. Defaults: without --data | with --data.")
 
     def add(group, flag, text, **options):
-        demo, paper = DEFAULTS.get(flag[2:].replace("-", "_"), ("", ""))
-        text += f" [{demo if demo is not None else 'auto'}{f' | {paper}' if paper not in (demo, None) else ''}]" * (demo != "")
+        if (name := flag[2:].replace("-", "_")) in DEFAULTS:
+            demo, paper = ("auto" if value is None else value for value in DEFAULTS[name])
+            text += f" [{demo}]" if demo == paper else f" [{demo} | {paper}]"
         group.add_argument(flag, help=text, default=None, **options)
 
     switch = {"action": argparse.BooleanOptionalAction}
@@ -94,13 +95,13 @@ def parse(argv):
     group = parser.add_argument_group("training")
     add(group, "--loss", "Eq. 3 or Eq. 1", choices=["biased", "equal"])
     add(group, "--w", "W of Eq. 3, the weight of the clinical branch, 0 to 0.5 (Table 7)", type=float)
-    add(group, "--epochs", "250 on SPC, 150 on other releases, when not given with --data", type=int)
+    add(group, "--epochs", "auto is 250 on the Seven-Point Checklist, 150 on other releases", type=int)
     add(group, "--batch-size", "pairs in a batch", type=int, metavar="B")
     add(group, "--lr", "first learning rate", type=float)
     add(group, "--swa-start", "first epoch, from 1, whose weights are averaged", type=int, metavar="EPOCH")
     add(group, "--seed", "of everything that is drawn: weights, order, augmentation, dropout", type=int)
     group = parser.add_argument_group("run")
-    add(group, "--out", "the run's folder [runs/<data>-<backbone>-<seed>]", metavar="DIR")
+    add(group, "--out", "the run's folder [runs/<kind of data>-<backbone>-<seed>]", metavar="DIR")
     add(group, "--resume", "go on with the run in this folder, with the flags it began with", metavar="RUN")
     add(group, "--device", "cpu, cuda, cuda:1 or mps")
     add(group, "--amp", "bfloat16 autocast", **switch)
@@ -111,7 +112,7 @@ def parse(argv):
         if not low <= given.get(flag, low) <= high:
             parser.error(f"--{flag.replace('_', '-')} {given[flag]}: it goes from {low} to {high}"
                          + ("; batch norm needs two pairs" if flag == "batch_size" else ""))
-    idle = (MODEL_AND_LOSS[1:] if given.get("modality", "both") != "both" else
+    idle = ([flag for flag in MODEL_AND_LOSS if flag != "modality"] if given.get("modality", "both") != "both" else
             ["w"] * (given.get("loss") == "equal") + ["reading"] * (given.get("fusion") == "concat"))
     for flag in idle:
         if given.get(flag, DEFAULTS[flag][0]) != DEFAULTS[flag][0]:
@@ -280,7 +281,7 @@ def fit(run, flags, release, pixels, device):
     torch.manual_seed(flags["seed"])
     state = load_checkpoint(run / "last.pt", device)
     network = model.make(flags, [len(classes) for classes in release.tasks.values()],
-                         None if state or flags["weights"] == "none" else flags["weights"]).to(device)
+                         None if state or flags["weights"] == "none" else flags["weights"]).to(device)  # a checkpoint has its own
     forward = torch.compile(network, dynamic=False) if flags["compile"] else network  # one graph a batch size, in any order
     optimizer = torch.optim.Adam(network.parameters(), flags["lr"], fused=True)  # paper, Sec. 4.1; no weight decay
     criterion = equal_loss if flags["loss"] == "equal" else partial(biased_loss, w=flags["w"])
@@ -308,7 +309,7 @@ def fit(run, flags, release, pixels, device):
         clock = time.perf_counter()
         network.train()
         optimizer.param_groups[0]["lr"] = learning_rate(flags, epoch)
-        losses, seen = [], []
+        losses, seen = [], []  # of each batch
         for clinical, dermoscopy, rows in feed():
             with autocast():
                 loss = criterion(forward(clinical, dermoscopy), labels[rows])

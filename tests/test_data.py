@@ -208,7 +208,7 @@ def test_patient_id_is_a_patient_and_none_is_a_class(tmp_path):
     def change(rows):
         rows[0] += ["patient_id", "streaks"]
         for n, row in enumerate(rows[1:]):
-            row += [f"P{n // 3}" if n < 20 else "unknown", ("none", "regular", "")[n % 3]]
+            row += [f"P{n // 3}" if n < 20 else "unknown", ("none", "regular", "NA" if n % 2 else "")[n % 3]]
     make_pairs(tmp_path)
     rewrite(tmp_path / "pairs.csv", change)
     found = data.read(tmp_path)
@@ -366,6 +366,8 @@ REFUSED_ELSEWHERE = {
                                   "no column diagnosis_1 or benign_malignant"),
     "isic: two diagnoses": (make_isic, lambda f: rewrite(f / "metadata.csv", lambda r: r[2].__setitem__(4, "Malignant")),
                             "line 2 and .*line 3: one lesion, but diagnosis_1 is 'Benign' and 'Malignant'"),
+    "pairs: one class": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [row.__setitem__(2, "a") for row in r[1:]]),
+                         "column lesion: a task needs two classes; 1 in 40 rows"),
     "a column twice": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [row.append(row[2]) for row in r]),
                        "two columns are called lesion"),
     "an open quotation mark": (make_pairs, lambda f: text_of(f / "pairs.csv", lambda b: b + b'"' + b"x" * 200_000),
@@ -373,7 +375,7 @@ REFUSED_ELSEWHERE = {
     "pairs: small classes": (lambda f: make_pairs(f, 16), lambda f: None, "or no class has 10"),
     "pairs: too few": (lambda f: make_pairs(f, 8), lambda f: None, "8 independent lesions are too few to split"),
     "pairs: a column of names": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [
-        row.append(f"name{n}") for n, row in enumerate(r)]), "column name0: 40 different values"),
+        row.append(f"name{n}") for n, row in enumerate(r)]), "column name0: 40 different values in 40 rows look like names"),
     "pairs: no labels": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [row.pop() for row in r]), "no column of labels"),
     "pairs: strange split": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [
         row.append("split" if n == 0 else "train" if n != 5 else "holdout") for n, row in enumerate(r)]), "line 6: split is 'holdout'"),

@@ -429,6 +429,7 @@ def test_a_folder_of_pairs_becomes_a_csv(run, release, tmp_path):
 
 @pytest.mark.parametrize("damage, arguments, says", [
     ("predictions.csv", [], "predictions.csv is missing"),
+    ("*", [], "is no finished run; if one was stopped there"),
     ("model.pt", ["--clinical", "x.jpg"], "no model.pt; is it a finished run"),
     ("results.json", ["--clinical", "x.jpg"], "results.json cannot be read"),
     (None, ["--clinical", "x.jpg"], "x.jpg: missing"),
@@ -437,7 +438,7 @@ def test_a_folder_of_pairs_becomes_a_csv(run, release, tmp_path):
 ], ids=str)
 def test_what_is_missing_is_named(damage, arguments, says, run):
     if damage:
-        (run / damage).unlink()
+        [path.unlink() for path in run.glob(damage)]
     with pytest.raises((RunError, data.DataError), match=says):
         evaluate.main([str(run), *arguments])
 

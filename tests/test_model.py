@@ -90,6 +90,12 @@ def test_one_batch_is_the_same_as_two_passes(switches):
             close(a, b)
 
 
+@pytest.mark.parametrize("name", [name for name in backbones.BACKBONES if name not in COUNTS])
+def test_every_other_backbone_makes_a_pemm(name):
+    outputs = PEMM(name, (3, 2)).eval()(*torch.randn(2, 1, 3, 64, 64))
+    assert [z.shape for z in outputs.fusion] == [(1, 3), (1, 2)]
+
+
 @pytest.mark.parametrize("name, one_batch", [("convnext_atto", True), ("resnet50", False), ("densenet201", False)])
 def test_batch_norm_never_mixes_the_modalities(name, one_batch):
     with torch.device("meta"):

@@ -35,6 +35,11 @@ def test_blocks_equal_the_plain_formula(block, monkeypatch):
         close(found, gradient)
 
 
+def test_more_keys_than_queries():
+    q, k, v = (torch.randn(2, n, width, dtype=torch.float64) for n, width in ((5, 3), (11, 3), (11, 8)))
+    close(attend(q, k, v, 0.7), plain(q, k, v, 0.7))
+
+
 def test_bfloat16_is_as_near_as_the_plain_formula():
     exact = [torch.randn(2, 300, width, dtype=torch.float64, requires_grad=True) for width in (8, 8, 64)]
     direction = torch.randn(2, 300, 64).bfloat16()
