@@ -733,7 +733,7 @@ def draw_lesion(signs, rng, height):
 
     # The clinical photo: the lesion small, blurred and off-centre on skin, among what is on skin besides: freckles, redness, pen
     # marks, glare; then uneven light, hairs and grain.
-    share = rng.uniform(0.5, 0.66)
+    share = rng.uniform(0.42, 0.6)
     small = lambda photo, blur: Image.fromarray(photo).resize((round(W * share), round(H * share)), Image.BOX).filter(
         ImageFilter.GaussianBlur(blur * H))
     corner = round(W * rng.uniform(0.1, 0.9 - share)), round(H * rng.uniform(0.1, 0.9 - share))
@@ -742,11 +742,11 @@ def draw_lesion(signs, rng, height):
     image, turn = np.array(photo, np.float32), rng.uniform(0, 6)
     middle = (corner[1] / H + share / 2, corner[0] / H + 0.75 * share)
     near = lambda n, spread: rng.normal(middle, spread, (n, 2)).tolist()
-    for (py, px) in near(rng.integers(0, 3), 0.2):
+    for (py, px) in near(rng.integers(0, 6), 0.2):
         paint(rng.uniform(0.3, 0.6) * np.exp(-((y - py) ** 2 + (x - px) ** 2) / rng.uniform(0.05, 0.15) ** 2), (200, 70, 70))
-    paint(0.7 * ink((*place, rng.uniform(0.006, 0.02)) for place in near(rng.integers(0, 15), 0.25)), (96, 58, 40))
-    paint(0.6 * ink(lines=[(walk(place, rng.uniform(0, 6), 5, 0.04, 0.4), 0.012) for place in near(rng.integers(0, 3), 0.2)]), (72, 80, 150))
-    paint(0.7 * ink((*place, rng.uniform(0.01, 0.03)) for place in near(rng.integers(0, 5), 0.12)), (250, 240, 236))
+    paint(0.7 * ink((*place, rng.uniform(0.006, 0.02)) for place in near(rng.integers(0, 40), 0.2)), (96, 58, 40))
+    paint(0.6 * ink(lines=[(walk(place, rng.uniform(0, 6), 5, 0.04, 0.4), 0.012) for place in near(rng.integers(0, 6), 0.2)]), (72, 80, 150))
+    paint(0.7 * ink((*place, rng.uniform(0.01, 0.03)) for place in near(rng.integers(0, 12), 0.12)), (250, 240, 236))
     image *= rng.uniform(0.85, 1.08) * (1 + 0.22 * ((y - 0.5) * np.sin(turn) + (x - 0.75) * np.cos(turn)))[..., None]
     hairs = [(walk(rng.uniform(0, (1, 1.5)), turn + rng.normal(0, 0.5), 7, 0.06, 0.25), 0.005) for _ in range(rng.integers(3, 15))]
     paint(0.7 * ink(lines=hairs), (70, 52, 44))
