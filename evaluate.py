@@ -410,6 +410,9 @@ def evaluate_run(run, path=None, cache="runs/cache", device=None, tta=False):
     run, suffix = Path(run), "-tta" * tta
     table = run / f"predictions{suffix}.csv"
     p = make_predictions(run, path, cache, find_device(device), tta) if path else read_predictions(table)
+    if missing := {"valid", "test"} - set(p.split):
+        raise RunError(f"{table} is not as it was written (it has no lesion of {' and '.join(missing)}): evaluate.py RUN --data PATH "
+                       "writes it anew")
     p.branches.pop("fused", None)
     labels, branches = p.part("valid")  # what is searched or fitted sees the validation split only
     weights = search_weights(branches, labels, p.tasks)

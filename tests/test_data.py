@@ -326,7 +326,7 @@ REFUSED = {  # what is wrong -> (what is done to a synthetic SPC, what the messa
     "truncated": (lambda f: text_of(f / "images" / "derm0007.jpg", lambda b: b[:len(b) // 2]), "1 photos.*\n.*derm0007.jpg: .*truncated"),
     "web page named .jpg": (lambda f: text_of(f / "images" / "clinic0003.jpg", lambda b: b"<html>please log in</html>"),
                             "1 photos.*\n.*clinic0003.jpg: cannot identify image file"),
-    "bomb": (lambda f: Image.new("1", (20000, 20000)).save(f / "images" / "derm0007.jpg", "PNG"), "derm0007.jpg: .*exceeds limit"),
+    "bomb": (lambda f: Image.new("1", (14000, 14000)).save(f / "images" / "derm0007.jpg", "PNG"), "derm0007.jpg: .*exceeds limit"),
     "nothing to learn": (lambda f: rewrite(f / "meta" / "meta.csv", lambda rows: [
         row.__setitem__(rows[0].index("blue_whitish_veil"), "absent") for row in rows[1:]]), "task BWV has fewer than two classes"),
     "nothing known": (lambda f: rewrite(f / "meta" / "meta.csv", lambda rows: [
