@@ -23,7 +23,7 @@ from test_data import write
 from train import RunError
 
 TINY = ["--backbone", "convnext_atto", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--device", "cpu",
-        "--lr", "1e-3", "--epochs", "4", "--swa-start", "2"]
+        "--lr", "1e-3", "--epochs", "3", "--swa-start", "2"]
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_swa_of_a_run_is_torchs(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "re_estimate", estimate_both)
     tiny("run", "--no-amp")
     found = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["state"]
-    assert int(twins[0].n_averaged) == 3  # epochs 2, 3 and 4
+    assert int(twins[0].n_averaged) == 2  # epochs 2 and 3
     for key, expected in twins[0].module.state_dict().items():
         if "num_batches" not in key:
             close(found[key], expected, 1e-5)
@@ -158,7 +158,7 @@ def test_a_run_is_complete_repeatable_and_seeded(finished, tiny, tmp_path):
     assert saved["flags"]["swa_start"] == 2 and saved["torch"] == torch.__version__
     with open(finished / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     for row in rows:  # Eq. 3
         parts = [float(row[f"loss_{branch}"]) for branch in model.BRANCHES]
         close(float(row["loss"]), 0.1 * parts[0] + 0.4 * parts[1] + 0.5 * parts[2], 1e-5)
@@ -210,9 +210,9 @@ def test_killed_it_ends_in_the_same_bits(finished, release, tmp_path):
 
 def test_a_finished_run_resumed_stays_as_it_is_and_refuses_other_flags(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    train.main(["--resume", str(tmp_path / "run"), "--epochs", "4"])
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "3"])
     assert_same_run(finished, tmp_path / "run")
-    with pytest.raises(RunError, match=r"--epochs 9 \(it began with 4\).*the cosine depends on --epochs"):
+    with pytest.raises(RunError, match=r"--epochs 9 \(it began with 3\).*the cosine depends on --epochs"):
         train.main(["--resume", str(tmp_path / "run"), "--epochs", "9"])
 
 
