@@ -22,7 +22,7 @@ def randomise(module, seed=0, spread=0.05):
     generator = torch.Generator().manual_seed(seed)
     for name, value in module.state_dict().items():
         if value.is_floating_point() and not backbones.DERIVED.search(name):
-            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64) * spread
+            noise = torch.randn(value.shape, generator=generator, dtype=value.dtype) * spread
             value.add_(noise.abs() if name.endswith("running_var") else noise)
     return module
 

@@ -2,6 +2,7 @@
 import copy
 import tempfile
 from functools import lru_cache
+from unittest import mock
 from urllib.error import URLError
 
 import pytest
@@ -18,13 +19,15 @@ BY_HAND = [name for name in NAMES if name not in ("resnet50", "densenet201")]
 @lru_cache  # building a network takes longer than most of the tests
 def pair(name):
     """torchvision's network, and ours built from a file of its state dict. Use them, but leave them as they are."""
-    twin = randomise(backbones.torchvision_twin(name)).eval()
+    with mock.patch.object(nn.init, "trunc_normal_", nn.init.normal_):  # several times faster, and all is random here
+        twin = randomise(backbones.torchvision_twin(name)).eval()
     for key, value in twin.named_parameters():
         if key.endswith("logit_scale"):
             value.data[0] = 5.0  # above the limit log 100 of Swin V2
     with tempfile.NamedTemporaryFile() as file:
         torch.save(twin.state_dict(), file.name)
-        encoder = backbones.build(name, file.name).eval()
+        with mock.patch.object(nn.init, "trunc_normal_", nn.init.normal_):
+            encoder = backbones.build(name, file.name).eval()
     return twin.double(), encoder.double()
 
 
@@ -53,7 +56,7 @@ def test_logits_and_all_gradients_equal_torchvisions(name):
 
 
 @pytest.mark.parametrize("name, size", [(name, (224, 224)) for name in NAMES] + [
-    (name, size) for name in BY_HAND for size in ((96, 96), (112, 112), (100, 156), (32, 64))])
+    (name, size) for name in BY_HAND for size in ((96, 96), (100, 156), (32, 64))])
 def test_any_size_equals_torchvision(name, size):
     twin, encoder = pair(name)
     with torch.no_grad():
