@@ -200,16 +200,6 @@ def save(path, state):
                        f"--resume {path.parent}") from error
 
 
-def load_checkpoint(path, device):
-    """What save() wrote, or None if there is no such file."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # torch raises half a dozen types for a damaged file, none of them says which
-        raise RunError(f"{path} is damaged ({error}); remove it to begin this run anew with --resume {path.parent}") from error
-
-
 def random_state(device):
     """The states of torch's generators: the CPU's and, if that is another, the device's."""
     on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
@@ -279,7 +269,7 @@ def main(argv=None):
 def fit(run, flags, release, pixels, device):
     """The recipe: from photos (N, 2, S, S, 3) uint8 to model.pt; from last.pt on if the run has one."""
     torch.manual_seed(flags["seed"])
-    state = load_checkpoint(run / "last.pt", device)
+    state = evaluate.load_checkpoint(run / "last.pt", device)
     network = model.make(flags, [len(classes) for classes in release.tasks.values()],
                          None if state or flags["weights"] == "none" else flags["weights"]).to(device)  # a checkpoint has its own
     forward = torch.compile(network, dynamic=False) if flags["compile"] else network  # one graph a batch size, in any order
