@@ -21,12 +21,14 @@ import math
 import os
 import re
 from collections import OrderedDict
+from typing import Callable, NamedTuple
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
+from torchvision import models
+from torchvision.models import WeightsEnum
 
 
 class WeightsError(ValueError):
@@ -45,21 +47,18 @@ class Encoder(nn.Module):
 
 
 class DropPath(nn.Module):
-    """The residual sum x + gamma * y with stochastic depth: in training a sample's y is dropped with probability p and
-    else divided by 1 - p. Layer scale gamma and the division are one factor, so the sum is a single pass over the map."""
+    """The residual sum x + y with stochastic depth: in training a sample's y is dropped with probability p and else divided
+    by 1 - p. Sum and division are a single pass over the map."""
 
     def __init__(self, p):
         super().__init__()
         self.p = p
 
-    def forward(self, x, y, gamma=None):
-        if self.training and self.p > 0:
-            keep = torch.empty((len(y), 1, 1, 1), dtype=y.dtype, device=y.device).bernoulli_(1 - self.p) / (1 - self.p)
-            gamma = keep if gamma is None else keep * gamma
-        return x + y if gamma is None else torch.addcmul(x, y, gamma)
-
-    def extra_repr(self):
-        return f"p={self.p:.3f}"
+    def forward(self, x, y):
+        if not self.training or self.p == 0:
+            return x + y
+        keep = torch.empty((len(y), 1, 1, 1), dtype=y.dtype, device=y.device).bernoulli_(1 - self.p) / (1 - self.p)
+        return torch.addcmul(x, y, keep)
 
 
 def drop_path_rates(largest, depths):
@@ -95,7 +94,9 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x):
         y = self.dwconv(x).permute(0, 2, 3, 1)  # (B, H, W, C)
         y = self.act(self.pwconv1(self.norm(y)))  # (B, H, W, 4C)
-        return self.drop_path(x, self.pwconv2(y).permute(0, 3, 1, 2), self.gamma)  # (B, C, H, W)
+        gamma = self.gamma.flatten()  # times the weights is times the map, and saves passes over the map
+        y = F.linear(y, gamma[:, None] * self.pwconv2.weight, gamma * self.pwconv2.bias)  # (B, H, W, C)
+        return self.drop_path(x, y.permute(0, 3, 1, 2))
 
 
 class ConvNeXt(Encoder):
@@ -214,7 +215,12 @@ class WindowAttentionV2(WindowAttention):
 
     def similarity(self, q, k):
         scale = self.logit_scale.clamp(max=math.log(100.0)).exp()  # 1 / tau, tau >= 0.01
-        return (F.normalize(q, dim=-1) * scale.to(q.dtype)) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        return of_length(scale, q) @ of_length(1, k).transpose(-2, -1)
+
+
+def of_length(length, x):
+    """Vectors x with this length, one product a number: F.normalize divides, which is the same and slower backward."""
+    return x * (length / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)).to(x.dtype)
 
 
 class SwinBlock(nn.Module):
@@ -306,7 +312,7 @@ class ResNet50(Encoder):
 
     def __init__(self):
         super().__init__()
-        net = torchvision.models.resnet50()
+        net = models.resnet50()
         self.channels = (256, 512, 1024, 2048)
         self.stem = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool))
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
@@ -320,7 +326,7 @@ class DenseNet201(Encoder):
 
     def __init__(self):
         super().__init__()
-        net = torchvision.models.densenet201().features
+        net = models.densenet201().features
         self.channels = (128, 256, 896, 1920)
         self.stem = nn.Sequential(OrderedDict(conv0=net.conv0, norm0=net.norm0, relu0=net.relu0, pool0=net.pool0))
         self.stages = nn.ModuleList([nn.Sequential(OrderedDict(block=net.denseblock1, transition=net.transition1)),
@@ -334,23 +340,6 @@ class DenseNet201(Encoder):
 
 
 # ------------------------------------------------------------------------------------------------- names and weights
-
-BACKBONES = {
-    "swin_t": lambda: Swin(v2=False, window=7),
-    "swin_v2_t": lambda: Swin(v2=True, window=8),
-    "convnext_t": lambda: ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768), drop_path=0.1),
-    "convnext_atto": lambda: ConvNeXt((2, 2, 6, 2), (40, 80, 160, 320), drop_path=0.1),  # size: ConvNeXt V2, Sec. 4
-    "resnet50": ResNet50,
-    "densenet201": DenseNet201,
-}
-
-ENUMS = {  # the published weights: torchvision's first recipe, the one of the networks' own papers
-    "swin_t": torchvision.models.Swin_T_Weights.IMAGENET1K_V1,
-    "swin_v2_t": torchvision.models.Swin_V2_T_Weights.IMAGENET1K_V1,
-    "convnext_t": torchvision.models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1,
-    "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
-    "densenet201": torchvision.models.DenseNet201_Weights.IMAGENET1K_V1,
-}
 
 # torchvision's parameter names and ours: patterns replaced in this order.
 STAGES_OF_FEATURES = {
@@ -367,8 +356,8 @@ CONVNEXT_KEYS = STAGES_OF_FEATURES | {
     r"^features\.2\.0\.": "stages.1.downsample.norm.", r"^features\.2\.1\.": "stages.1.downsample.conv.",
     r"^features\.4\.0\.": "stages.2.downsample.norm.", r"^features\.4\.1\.": "stages.2.downsample.conv.",
     r"^features\.6\.0\.": "stages.3.downsample.norm.", r"^features\.6\.1\.": "stages.3.downsample.conv.",
-    r"block\.0\.": "dwconv.", r"block\.2\.": "norm.", r"block\.3\.": "pwconv1.", r"block\.5\.": "pwconv2.", r"layer_scale$": "gamma",
-    r"^classifier\.0\.": "norm.",
+    r"block\.0\.": "dwconv.", r"block\.2\.": "norm.", r"block\.3\.": "pwconv1.", r"block\.5\.": "pwconv2.",
+    r"layer_scale$": "gamma", r"^classifier\.0\.": "norm.",
 }
 RESNET_KEYS = {
     r"^conv1\.": "stem.conv1.", r"^bn1\.": "stem.bn1.",
@@ -382,8 +371,24 @@ DENSENET_KEYS = {
     r"^features\.denseblock4\.": "stages.3.block.",
     r"(norm|conv)\.([12])\.": r"\1\2.",  # the published file still has the names of an older torch: norm.1 for norm1
 }
-KEYS = {"swin_t": SWIN_KEYS, "swin_v2_t": SWIN_KEYS, "convnext_t": CONVNEXT_KEYS, "convnext_atto": CONVNEXT_KEYS,
-        "resnet50": RESNET_KEYS, "densenet201": DENSENET_KEYS}
+
+
+class Backbone(NamedTuple):
+    make: Callable  # a random encoder
+    keys: dict  # torchvision's parameter names and ours
+    published: WeightsEnum | None = None  # torchvision's first recipe, the one of the network's own paper
+
+
+BACKBONES = {
+    "swin_t": Backbone(lambda: Swin(v2=False, window=7), SWIN_KEYS, models.Swin_T_Weights.IMAGENET1K_V1),
+    "swin_v2_t": Backbone(lambda: Swin(v2=True, window=8), SWIN_KEYS, models.Swin_V2_T_Weights.IMAGENET1K_V1),
+    "convnext_t": Backbone(lambda: ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768), drop_path=0.1), CONVNEXT_KEYS,
+                           models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1),
+    # of the size that ConvNeXt V2, Sec. 4, calls Atto
+    "convnext_atto": Backbone(lambda: ConvNeXt((2, 2, 6, 2), (40, 80, 160, 320), drop_path=0.1), CONVNEXT_KEYS),
+    "resnet50": Backbone(ResNet50, RESNET_KEYS, models.ResNet50_Weights.IMAGENET1K_V1),
+    "densenet201": Backbone(DenseNet201, DENSENET_KEYS, models.DenseNet201_Weights.IMAGENET1K_V1),
+}
 
 HEAD = re.compile(r"^(head|fc|classifier|classifier\.[12])\.(weight|bias)$")  # ImageNet's classifier
 DERIVED = re.compile(r"relative_position_index|relative_coords_table")  # tables that Swin computes itself
@@ -400,22 +405,22 @@ def build(name, weights=None):
     """
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
-    encoder = BACKBONES[name]()
-    if weights is None:
-        return encoder
-    state, source = published_weights(name) if weights == "imagenet" else read_weights(weights)
-    load(encoder, state, KEYS[name], source)
+    encoder = BACKBONES[name].make()
+    if weights is not None:
+        state, source = published_weights(name) if weights == "imagenet" else read_weights(weights)
+        load(encoder, state, BACKBONES[name].keys, source)
     return encoder
 
 
 def published_weights(name):
     """torchvision's ImageNet weights, from its cache or the network."""
-    if name not in ENUMS:
-        raise WeightsError(f"ENUMS in backbones.py has no ImageNet weights for {name}: use --weights none or a path.")
-    url = ENUMS[name].url
+    published = BACKBONES[name].published
+    if published is None:
+        raise WeightsError(f"torchvision has no ImageNet weights for {name}: use --weights none or a path.")
+    url = published.url
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:
-        return ENUMS[name].get_state_dict(progress=True, check_hash=True, weights_only=True), path
+        return published.get_state_dict(progress=True, check_hash=True, weights_only=True), path
     except (URLError, OSError) as error:
         raise WeightsError(f"{name}: cannot download its ImageNet weights ({error}). Fetch {url} on a machine that can and "
                            f"put it at {path}, or go on without: --weights none, with a higher --lr such as 3e-4.") from error
@@ -461,12 +466,12 @@ def load(encoder, state, keys, source):
 def torchvision_twin(name):
     """torchvision's own network of that name, or its ConvNeXt of those depths and widths, to compare with."""
     name = {"convnext_t": "convnext_tiny"}.get(name, name)
-    if hasattr(torchvision.models, name):
-        return getattr(torchvision.models, name)()
-    encoder = BACKBONES[name]()
+    if hasattr(models, name):
+        return getattr(models, name)()
+    encoder = BACKBONES[name].make()
     widths, depths = [*encoder.channels, None], [len(stage.blocks) for stage in encoder.stages]
-    block = torchvision.models.convnext.CNBlockConfig
-    return torchvision.models.ConvNeXt([block(*each) for each in zip(widths, widths[1:], depths)], 0.1)
+    block = models.convnext.CNBlockConfig
+    return models.ConvNeXt([block(*each) for each in zip(widths, widths[1:], depths)], 0.1)
 
 
 def largest_difference(name, size):
@@ -475,9 +480,9 @@ def largest_difference(name, size):
     generator = torch.Generator().manual_seed(0)
     for parameter in twin.parameters():  # torchvision's initial values hide mistakes: ConvNeXt's layer scale is 1e-6
         parameter.data.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.05)
-    encoder = BACKBONES[name]().double().eval()
+    encoder = BACKBONES[name].make().double().eval()
     state = {key: value for key, value in twin.state_dict().items() if not HEAD.search(key)}
-    load(encoder, state, KEYS[name], "torchvision's twin")
+    load(encoder, state, BACKBONES[name].keys, "torchvision's twin")
     head = [module for module in twin.modules() if isinstance(module, nn.Linear)][-1]
     image = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
     with torch.no_grad():

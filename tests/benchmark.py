@@ -162,23 +162,23 @@ def training(rounds, batch):
         folder = Path(folder)
         path = data.synthesize(folder / "spc", cases=1011, height=128)
         release = data.read(path)
-        flags, _ = train.settle(train.parse(["--device", DEVICE.type, "--epochs", "4"]))
+        flags, _ = train.settle(train.parse(["--device", DEVICE.type, "--epochs", str(2 * rounds)]))
         flags = train.complete(flags, release) | {"amp": train.has_bfloat16(DEVICE), "cache": str(folder)}
         pixels = torch.from_numpy(data.load(release, flags["image_size"], folder)).to(DEVICE)
         network = model.make(flags, model.SPC_CLASSES).to(DEVICE).train()
         pair = data.augment(pixels[:24], torch.Generator())
         labels = torch.from_numpy(release.labels[:24]).to(DEVICE)
         one = partial(step, list(network.parameters()), flags["amp"], lambda: biased_loss(network(*pair), labels).total)
-        speeds = []
-        train.print_epoch = lambda row, epochs, speed, left: speeds.append(speed)
-        for number in range(rounds):
-            one()
-            before = [seconds(one) for _ in range(15)]
-            run = folder / f"run{number}"
-            run.mkdir()
-            train.fit(run, flags, release, pixels, DEVICE)
-            bare, loop = 48 / statistics.median(before + [seconds(one) for _ in range(15)]), statistics.median(speeds[-3:])
-            print(f"training loop {loop:,.0f} images/s, bare forward and backward {bare:,.0f} images/s: {100 * loop / bare:.1f}%", flush=True)
+        loops, bares = [], []
+        def after_an_epoch(row, epochs, speed, left):
+            loops.append(speed)
+            bares.append(48 * 17 / seconds(lambda: [one() for _ in range(17)]))  # as many steps as the epoch had
+        train.print_epoch = after_an_epoch
+        one()
+        train.fit(folder, flags, release, pixels, DEVICE)
+        share = statistics.median(2 * loop / (before + after) for loop, before, after in zip(loops[1:], bares, bares[1:]))
+        print(f"training loop {statistics.median(loops):,.0f} images/s, bare forward and backward {statistics.median(bares):,.0f} images/s; "
+              f"median of {len(loops) - 1} epochs, each beside what came before and after it: {100 * share:.1f}%")
 
 
 def main():

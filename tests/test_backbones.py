@@ -50,7 +50,7 @@ def test_logits_and_all_gradients_equal_torchvisions(name):
     close(found, expected)
     renamed = copy.deepcopy(encoder)  # torchvision's gradients under our names
     gradients = {key: gradient for (key, _), gradient in zip(twin.named_parameters(), gradients)}
-    backbones.load(renamed, twin.state_dict() | gradients, backbones.KEYS[name], "torchvision")
+    backbones.load(renamed, twin.state_dict() | gradients, backbones.BACKBONES[name].keys, "torchvision")
     for gradient, expected in zip(ours, renamed.parameters()):
         close(gradient, expected)
 
