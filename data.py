@@ -20,7 +20,6 @@ import argparse
 import csv
 import hashlib
 import io
-import math
 import os
 import re
 import secrets
@@ -36,12 +35,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, __version__ as PILLOW
 from sklearn.model_selection import StratifiedGroupKFold
-from torchvision.utils import make_grid
 
 SPLITS = ("train", "valid", "test")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in RGB: what the pretrained weights expect
@@ -69,6 +66,7 @@ SPC = {
                                    "REG": (117, ["arborizing", "comma", "hairpin", "within regression", "wreath"]),
                                    "IR": (71, ["dotted", "linear irregular"])}),
 }
+SPC_TASKS = {task: tuple(classes) for task, (_, classes) in SPC.items()}
 SYNTHETIC = "synthetic"  # what the column notes of a drawn release says
 SPC_SPLIT = {"train": 413, "valid": 203, "test": 395}
 PUBLISHED = "the published derm7pt: 413 / 203 / 395 cases, every label count as published"
@@ -79,6 +77,7 @@ MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV"
 MALIGNANT = ("AKIEC", "BCC", "MAL_OTH", "MEL", "SCCKA")  # of MILK10K; AKIEC holds precancers and in-situ carcinomas
 TWO_CLASSES = {"DIAG": ("benign", "malignant")}
 PHOTOS = (".jpg", ".jpeg", ".png")
+EMPTY = ("", "nan", "na", "n/a")  # no label
 METADATA = ("age", "age_approx", "sex", "skin_tone_class", "fitzpatrick_skin_type", "site", "anatom_site_general",
             "location", "elevation", "level_of_diagnostic_difficulty")  # kept for results by subgroup
 
@@ -87,10 +86,21 @@ class DataError(ValueError):
     """A release that cannot be read as it is; the message says what, where and what to do."""
 
 
+def require(condition, otherwise):
+    """Raises DataError with the sentence `otherwise` if the condition does not hold."""
+    if not condition:
+        raise DataError(otherwise)
+
+
+def listed(texts, most=4):
+    """The first few of the texts, and how many more there are."""
+    return ", ".join(texts[:most]) + f" and {len(texts) - most} more" * (len(texts) > most)
+
+
 @dataclass
 class Release:
     """N lesions, each with two photos and a label per task."""
-    kind: str  # spc, milk10k, isic or pairs
+    kind: str  # spc, synthetic, milk10k, isic or pairs
     tasks: dict  # task -> its class names; a class "absent", or the first of two, is the negative one
     cases: list  # N names
     photos: list  # N x (clinical path, dermoscopy path)
@@ -117,8 +127,7 @@ class Release:
 class Lesion:
     """What a reader finds of one lesion."""
     case: str
-    clinical: Path
-    dermoscopy: Path
+    photos: list  # clinical path, dermoscopy path
     labels: list  # one class number a task, -1 unknown
     row: dict  # of the table it comes from
     split: str = ""  # "": to be made
@@ -132,26 +141,22 @@ def read(path, binary=False):
     Raises DataError with one clear sentence, or with a line a photo if photos are missing or broken.
     """
     path = Path(path).expanduser()
-    if path.is_file():
-        found = read_pairs(path)
-    elif not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    elif (path / "meta" / "meta.csv").is_file():
-        found = read_spc(path)
-    elif (path / "release_v0" / "meta" / "meta.csv").is_file():
-        found = read_spc(path / "release_v0")
-    elif tables := sorted(path.glob("*GroundTruth.csv")):
-        found = read_milk10k(path, tables[0], binary)
-    elif (path / "metadata.csv").is_file():
-        found = read_isic(path)
-    elif len(tables := sorted(path.glob("*.csv"))) == 1:
-        found = read_pairs(tables[0])
-    else:
-        raise DataError(f"{path}: no release found. It should hold meta/meta.csv (derm7pt), *GroundTruth.csv (MILK10k), "
-                        "metadata.csv (ISIC Archive) or one CSV file of your own pairs")
-    if binary and found[0] != "milk10k":
-        raise DataError(f"{path}: --binary chooses between MILK10k's two sets of classes; this is {found[0]}")
-    return check(*found, path)
+    require(path.exists(), f"{path}: no such file or folder")
+    readers = {"meta/meta.csv": read_spc, "release_v0/meta/meta.csv": read_spc, "*GroundTruth.csv": read_milk10k,
+               "metadata.csv": read_isic, "*.csv": read_pairs}
+    found = [(read_pairs, path)] if path.is_file() else [
+        (reader, table) for pattern, reader in readers.items() for table in sorted(path.glob(pattern))]
+    require(found and (len(found) == 1 or found[0][0] != read_pairs),
+            f"{path}: no release found. It should hold meta/meta.csv (derm7pt), *GroundTruth.csv (MILK10k), "
+            "metadata.csv (ISIC Archive) or one CSV file of your own pairs")
+    reader, table = found[0]
+    kind, tasks, lesions, notes = reader(table)
+    require(kind == "milk10k" or not binary, f"{path}: --binary is for MILK10k, to choose its classes; this is {kind}")
+    if binary:
+        tasks = TWO_CLASSES
+        for lesion in lesions:
+            lesion.labels = [int(MILK10K[k] in MALIGNANT) for k in lesion.labels]
+    return check(kind, tasks, lesions, notes, path)
 
 
 # --------------------------------------------------------------------------------------------------------- the readers
@@ -160,35 +165,35 @@ def read(path, binary=False):
 def read_table(path, *required):
     """Rows of a CSV file as dicts from column name to text, and their place in the file under "where".
 
-    UTF-8, with or without BOM, or Latin-1; commas, semicolons or tabs; blank rows skipped; column names in lower case, without
-    the "meta.clinical." of old ISIC exports.
+    UTF-8, with or without BOM, or Latin-1; commas, semicolons or tabs; blank rows skipped; column names in lower case,
+    without the "meta.clinical." of old ISIC exports.
     """
     try:
-        text = path.read_bytes()
+        contents = path.read_bytes()
+        text = contents.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = contents.decode("latin-1")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        text = text.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = text.decode("latin-1")
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+
     columns = [re.sub(r"^meta\..*\.", "", name.strip().lower()) for name in next(reader, [])]
-    if twice := [name for name, count in Counter(columns).items() if count > 1]:
-        raise DataError(f"{path}: two columns are called {', '.join(twice)}; rename one")
-    if missing := [name for name in required if name not in columns]:
-        raise DataError(f"{path}: no column {', '.join(missing)}; it has {', '.join(columns) or 'none'}")
+    twice = ", ".join(name for name, count in Counter(columns).items() if count > 1)
+    require(not twice, f"{path}: two columns are called {twice}; rename one")
+    missing = ", ".join(name for name in required if name not in columns)
+    require(not missing, f"{path}: no column {missing}; it has {', '.join(columns) or 'none'}")
+
     rows = []
     try:
         for values in reader:
-            if any(value.strip() for value in values):
-                if len(values) != len(columns):
-                    raise DataError(f"{path} line {reader.line_num}: {len(values)} values for {len(columns)} columns")
-                rows.append(dict(zip(columns, (value.strip() for value in values)), where=f"{path} line {reader.line_num}"))
+            values, where = [value.strip() for value in values], f"{path} line {reader.line_num}"
+            if any(values):
+                require(len(values) == len(columns), f"{where}: {len(values)} values for {len(columns)} columns")
+                rows.append(dict(zip(columns, values), where=where))
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: {error}; is a quotation mark left open?") from error
-    if not rows:
-        raise DataError(f"{path}: no rows")
+    require(rows, f"{path}: no rows")
     return rows
 
 
@@ -196,179 +201,167 @@ def photo_index(folder):
     """Every file below `folder`: its relative path in lower case -> its path. Linked folders are entered, each once."""
     found, seen = {}, set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:
-            folders.clear()  # a link in a circle
-            continue
-        seen.add(os.path.realpath(parent))
+        if (place := os.path.realpath(parent)) in seen:
+            folders[:], names = [], []  # a link in a circle
+        seen.add(place)
         folders.sort()
         found |= {Path(parent, name).relative_to(folder).as_posix().lower(): Path(parent, name) for name in sorted(names)}
     return found
 
 
-def locate(folder, index, name, where):
-    """The file `name` below `folder`, whatever the case of its letters; if there is none, the path where it should be."""
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"{where}: {name!r} is not a path below {folder}")
+def locate(folder, index, row, column, absolute=False):
+    """The file a row names, below `folder` or absolute if that is allowed; of several that differ in the case of letters the
+    exact one. If there is none, the path where it should be."""
+    name = Path(row[column])
+    require(row[column] and (absolute if name.is_absolute() else ".." not in name.parts),
+            f"{row['where']}: {row[column]!r} is not a path below {folder}")
     path = folder / name
-    return path if path.is_file() else index.get(Path(name).as_posix().lower(), path)
+    return path if path.is_file() else index.get(name.as_posix().lower(), path)
 
 
-EMPTY = ("", "nan", "na", "n/a")
+def known(text):
+    """The text; "" if all it says is that something is not known."""
+    return "" if text.lower() in (*EMPTY, "none", "unknown") else text
 
 
-def unknown(text):
-    return text.lower() in (*EMPTY, "none", "unknown")
-
-
-def read_spc(folder):
+def read_spc(table):
     """derm7pt: its own layout, its published splits."""
-    table = folder / "meta" / "meta.csv"
     rows = read_table(table, "clinic", "derm", *(column for column, _ in SPC.values()))
-    numbers = {column: {string: k for k, (_, strings) in enumerate(classes.values()) for string in strings} | {"": -1}
-               for column, classes in SPC.values()}
-    clean = [{column: "" if unknown(row[column]) else row[column].lower() for column in numbers} for row in rows]
-    if strange := [f"{row['where']}, {column}: {row[column]!r}" for row, texts in zip(rows, clean) for column in numbers
-                   if texts[column] not in numbers[column]]:
-        raise DataError("labels that derm7pt does not have; correct them, or leave them empty for unknown:\n  " +
-                        "\n  ".join(strange))
-    tasks = {task: tuple(classes) for task, (_, classes) in SPC.items()}
-    images, index = folder / "images", photo_index(folder / "images")
-    lesions = [Lesion(row.get("case_num") or str(n), locate(images, index, row["clinic"], row["where"]),
-                      locate(images, index, row["derm"], row["where"]),
-                      [numbers[column][texts[column]] for column in numbers], row)
-               for n, (row, texts) in enumerate(zip(rows, clean))]
-    for split in SPLITS:
-        for row in read_table(folder / "meta" / f"{split}_indexes.csv", "indexes"):
-            number = int(row["indexes"]) if row["indexes"].isdigit() else len(rows)
-            if number >= len(rows):
-                raise DataError(f"{row['where']}: {row['indexes']!r} is no row number of meta.csv, 0 to {len(rows) - 1}")
-            if lesions[number].split:
-                raise DataError(f"{row['where']}: row {number} is in {lesions[number].split} already; splits may not overlap")
-            lesions[number].split = split
+    numbers = {column: {"": -1} | {string: k for k, (_, strings) in enumerate(classes.values()) for string in strings}
+               for column, classes in SPC.values()}  # column -> string -> label
+    images = table.parent.parent / "images"
+    lesions, strange, index = [], [], photo_index(images)
+    for n, row in enumerate(rows):
+        labels = [number.get(known(row[column]).lower()) for column, number in numbers.items()]
+        strange += [f"{row['where']}, {column}: {row[column]!r}" for column, label in zip(numbers, labels) if label is None]
+        photos = [locate(images, index, row, column) for column in ("clinic", "derm")]
+        lesions.append(Lesion(row.get("case_num") or str(n), photos, labels, row))
+    require(not strange, "\n  ".join(["labels derm7pt does not have; correct them, or leave unknown ones empty:", *strange]))
 
-    notes, labels = [], np.array([lesion.labels for lesion in lesions])
+    for split in SPLITS:
+        for row in read_table(table.with_name(f"{split}_indexes.csv"), "indexes"):
+            where, number = row["where"], row["indexes"]
+            require(number.isdecimal() and int(number) < len(rows),
+                    f"{where}: {number!r} is no row number of meta.csv, 0 to {len(rows) - 1}")
+            lesion = lesions[int(number)]
+            require(not lesion.split, f"{where}: row {number} is in {lesion.split} already; splits may not overlap")
+            lesion.split = split
+
     if all(row.get("notes") == SYNTHETIC for row in rows):
-        return "synthetic", tasks, lesions, [f"{len(lesions)} drawn lesions: numbers on them show the machinery, not the method"]
+        note = f"{len(lesions)} drawn lesions: numbers on them show the machinery, not the method"
+        return "synthetic", SPC_TASKS, lesions, [note]
     published = {f"{task} {name}": count for task, (_, classes) in SPC.items() for name, (count, _) in classes.items()}
-    here = {f"{task} {name}": int((labels[:, t] == k).sum()) for t, task in enumerate(SPC)
-            for k, name in enumerate(SPC[task][1])}
+    here = Counter(f"{lesion.split} cases" for lesion in lesions)
+    for lesion in lesions:
+        here.update(f"{task} {classes[k]}" for (task, classes), k in zip(SPC_TASKS.items(), lesion.labels) if k >= 0)
     published |= {f"{split} cases": count for split, count in SPC_SPLIT.items()}
-    here |= {f"{split} cases": sum(lesion.split == split for lesion in lesions) for split in SPLITS}
-    if wrong := [f"{what} {here[what]} instead of {count}" for what, count in published.items() if here[what] != count]:
-        notes.append(f"WARNING: not the published derm7pt, so not to be compared with the paper: {', '.join(wrong[:4])}" +
-                     f" and {len(wrong) - 4} more counts differ" * (len(wrong) > 4))
-    else:
-        notes.append(PUBLISHED)
-    if same := sum(lesion.clinical == lesion.dermoscopy for lesion in lesions):
-        notes.append(f"in {same} cases the clinical photo is the dermoscopy file (published: 9); kept as published")
-    wrong = [lesion.row["where"] for lesion in lesions if lesion.row.get("seven_point_score", "").isdigit()
-             and int(lesion.row["seven_point_score"]) != seven_point_score(tasks, lesion.labels)]
-    if wrong:
-        notes.append(f"WARNING: seven_point_score is not what the criteria give in {len(wrong)} rows, first {wrong[0]}")
-    if left := sum(not lesion.split for lesion in lesions):
-        notes.append(f"WARNING: {left} rows of meta.csv are in no split and left out")
-    return "spc", tasks, [lesion for lesion in lesions if lesion.split], notes
+    wrong = [f"{what} {here[what]} instead of {count}" for what, count in published.items() if here[what] != count]
+    same = sum(lesion.photos[0] == lesion.photos[1] for lesion in lesions)
+    scores = [lesion.row["where"] for lesion in lesions if lesion.row.get("seven_point_score", "").isdecimal()
+              and int(lesion.row["seven_point_score"]) != seven_point_score(SPC_TASKS, lesion.labels)]
+    left = sum(not lesion.split for lesion in lesions)
+    notes = {
+        PUBLISHED: not wrong,
+        f"WARNING: not the published derm7pt, so not to be compared with the paper: {listed(wrong)}": wrong,
+        f"in {same} cases the clinical photo is the dermoscopy file (published: 9); kept as published": same,
+        f"WARNING: seven_point_score is not what the criteria give in {len(scores)} rows: {listed(scores)}": scores,
+        f"WARNING: {left} rows of meta.csv are in no split and left out": left}
+    return "spc", SPC_TASKS, [lesion for lesion in lesions if lesion.split], [note for note, holds in notes.items() if holds]
 
 
 def seven_point_score(tasks, labels):
-    return sum(points for (task, name), points in SEVEN_POINTS.items()
-               if labels[list(tasks).index(task)] == tasks[task].index(name))
+    return sum(SEVEN_POINTS.get((task, classes[k]), 0) for (task, classes), k in zip(tasks.items(), labels) if k >= 0)
 
 
-def read_milk10k(folder, table, binary):
-    truth = {}
+def read_milk10k(table):
+    hot = {}  # lesion -> the classes marked 1
     for row in read_table(table, "lesion_id", *map(str.lower, MILK10K)):
-        if truth.setdefault(row["lesion_id"], row) is not row:
-            raise DataError(f"{row['where']}: lesion {row['lesion_id']} stands there twice; remove a row")
-    lesions, notes = [], []
-    for lesion_id, clinical, dermoscopy, row in pair_up(folder, table.with_name(table.name.replace("GroundTruth", "Metadata")), notes):
-        hot = [k for k, name in enumerate(MILK10K) if truth.get(lesion_id, {}).get(name.lower(), "0") in ("1", "1.0")]
-        if len(hot) != 1:
-            raise DataError(f"{table}: lesion {lesion_id} has {len(hot)} classes marked 1 instead of one")
-        label = int(MILK10K[hot[0]] in MALIGNANT) if binary else hot[0]
-        lesions.append(Lesion(lesion_id, clinical, dermoscopy, [label], row, patient=row.get("patient_id", "")))
-    return "milk10k", TWO_CLASSES if binary else {"DIAG": MILK10K}, lesions, notes
+        require(row["lesion_id"] not in hot, f"{row['where']}: lesion {row['lesion_id']} stands there twice; remove a row")
+        hot[row["lesion_id"]] = [k for k, name in enumerate(MILK10K) if row[name.lower()] in ("1", "1.0")]
+    lesions, notes = pair_up(table.with_name(table.name.replace("GroundTruth", "Metadata")))
+    for lesion in lesions:
+        lesion.labels = hot.get(lesion.case, [])
+        marked = len(lesion.labels)
+        require(marked == 1, f"{table}: lesion {lesion.case} has {marked} classes marked 1 instead of one")
+    return "milk10k", {"DIAG": MILK10K}, lesions, notes
 
 
-def read_isic(folder):
+def read_isic(table):
     """A download from the ISIC Archive, such as the paper's collected pairs (Sec. 4.2): benign or malignant."""
-    lesions, notes, undecided = [], [], 0
-    for lesion_id, clinical, dermoscopy, row in pair_up(folder, folder / "metadata.csv", notes):
-        if not {"diagnosis_1", "benign_malignant"} & row.keys():
-            raise DataError(f"{folder / 'metadata.csv'}: no column diagnosis_1 or benign_malignant; export it with the diagnosis")
-        diagnosis = (row.get("diagnosis_1") or row.get("benign_malignant", "")).lower()
-        if diagnosis not in TWO_CLASSES["DIAG"]:
-            undecided += 1
-            continue
-        lesions.append(Lesion(lesion_id, clinical, dermoscopy, [TWO_CLASSES["DIAG"].index(diagnosis)], row,
-                              patient=row.get("patient_id", "")))
-    if undecided:
-        notes.append(f"{undecided} lesions are neither benign nor malignant (indeterminate or not given) and left out")
-    return "isic", TWO_CLASSES, lesions, notes
+    lesions, notes = pair_up(table)
+    for lesion in lesions:
+        require({"diagnosis_1", "benign_malignant"} & lesion.row.keys(),
+                f"{table}: no column diagnosis_1 or benign_malignant; export it with the diagnosis")
+        diagnosis = lesion.row.get("diagnosis_1") or lesion.row.get("benign_malignant", "")
+        lesion.labels = [k for k, name in enumerate(TWO_CLASSES["DIAG"]) if name == diagnosis.lower()]
+    decided = [lesion for lesion in lesions if lesion.labels]
+    if left := len(lesions) - len(decided):
+        notes.append(f"{left} lesions are neither benign nor malignant (indeterminate or not given) and left out")
+    return "isic", TWO_CLASSES, decided, notes
 
 
-def pair_up(folder, table, notes):
-    """(lesion_id, clinical path, dermoscopy path, row) of each lesion that has both photos, in the order of lesion_id.
+def pair_up(table):
+    """A Lesion, still without labels, for each lesion_id of the table that has both photos, in order; and notes.
 
     Of several photos of a type a close-up goes first, then the lowest isic_id. Images without lesion_id or of another type
-    (TBP tiles) cannot be paired and are left out; `notes` says how many.
+    (TBP tiles) cannot be paired and are left out; a note says how many.
     """
+    rows = read_table(table, "isic_id", "lesion_id", "image_type")
+    usable = [row for row in rows if row["lesion_id"] and row["image_type"].lower().startswith(("clinical", "dermoscop"))]
+    first = defaultdict(dict)  # lesion -> "c" -> its clinical row, "d" -> its dermoscopy row
+    for row in sorted(usable, key=lambda row: (row["image_type"].lower() != "clinical: close-up", row["isic_id"])):
+        first[row["lesion_id"]].setdefault(row["image_type"][0].lower(), row)
+    pairs = {case: (both["c"], both["d"]) for case, both in sorted(first.items()) if len(both) == 2}
+    notes, further = [], len(usable) - 2 * len(pairs)
+    if left := len(rows) - len(usable):
+        notes.append(f"{left} of {len(rows)} images have no lesion_id or another image_type; left out")
+    notes.append(f"{len(pairs)} of {len(first)} lesions have both photos; {further} further photos are not used")
+
     paths = defaultdict(list)
-    for name, path in photo_index(folder).items():
+    for name, path in photo_index(table.parent).items():
         if name.endswith(PHOTOS):
             paths[Path(name).stem].append(path)
-    rows = read_table(table, "isic_id", "lesion_id", "image_type")
-    found = defaultdict(lambda: {"clinical": {}, "dermoscop": {}})
-    for row in rows:
-        kind = next((kind for kind in ("clinical", "dermoscop") if row["image_type"].lower().startswith(kind)), None)
-        if kind and row["lesion_id"]:
-            found[row["lesion_id"]][kind][row["image_type"].lower() != "clinical: close-up", row["isic_id"]] = row
-    used = sum(len(images) for photos in found.values() for images in photos.values())
-    if used < len(rows):
-        notes.append(f"{len(rows) - used} of {len(rows)} images have no lesion_id, another image_type or a row already read; left out")
-    pairs = {lesion: [images[min(images)] for images in photos.values()] for lesion, photos in sorted(found.items())
-             if all(photos.values())}
-    notes.append(f"{len(pairs)} of {len(found)} lesions have both photos; {used - 2 * len(pairs)} further photos are not used")
-    for lesion, (clinical, dermoscopy) in pairs.items():
-        files = [paths.get(row["isic_id"].lower(), [folder / f"{row['isic_id']}.jpg"]) for row in (clinical, dermoscopy)]
-        for several in files:
-            if len(several) > 1 and len(set(map(digest, several))) > 1:
-                raise DataError(f"different photos have one name, keep one: {', '.join(map(str, several))}")
-        for column in ("diagnosis_1", "benign_malignant", "patient_id"):
-            if clinical.get(column) != dermoscopy.get(column):
-                raise DataError(f"{clinical['where']} and {dermoscopy['where']}: one lesion, but {column} is "
-                                f"{clinical[column]!r} and {dermoscopy[column]!r}")
-        yield lesion, files[0][0], files[1][0], clinical | {key: value for key, value in dermoscopy.items() if value}
+
+    def photo(row):
+        several = paths.get(row["isic_id"].lower()) or [table.parent / f"{row['isic_id']}.jpg"]
+        require(len(several) == 1 or len(set(map(digest, several))) == 1,
+                f"different photos have one name, keep one: {', '.join(map(str, several))}")
+        return several[0]
+
+    lesions = []
+    for case, (clinical, dermoscopy) in pairs.items():
+        differ = [f"{column} is {clinical[column]!r} and {dermoscopy[column]!r}" for column in
+                  ("diagnosis_1", "benign_malignant", "patient_id") if clinical.get(column) != dermoscopy.get(column)]
+        require(not differ, f"{clinical['where']} and {dermoscopy['where']}: one lesion, but {listed(differ)}")
+        row = clinical | {column: value for column, value in dermoscopy.items() if value}
+        lesions.append(Lesion(case, (photo(clinical), photo(dermoscopy)), [], row, patient=row.get("patient_id", "")))
+    return lesions, notes
 
 
 def read_pairs(table):
     """Your own pairs: columns clinical and dermoscopy (paths beside the CSV, or absolute), split and patient if known, any
     of METADATA, and every other column is a task whose values are its classes; empty is unknown."""
-    rows = read_table(table, "clinical", "dermoscopy")
-    for row in rows:
-        if "patient_id" in row:
-            row["patient"] = row.pop("patient_id")
-    columns = [column for column in rows[0] if column not in ("clinical", "dermoscopy", "split", "patient", "where", *METADATA)]
-    tasks = {}
-    for column in columns:
-        classes = sorted({row[column] for row in rows if row[column].lower() not in EMPTY}, key=lambda name: (name != "absent", name))
-        if len(classes) < 2:
-            raise DataError(f"{table}, column {column}: a task needs two classes; {len(classes)} in {len(rows)} rows. Add lesions, or remove it")
-        if len(classes) > max(20, len(rows) // 10):
-            raise DataError(f"{table}, column {column}: {len(classes)} different values in {len(rows)} rows look like names, not classes; "
-                            "remove the column")
-        tasks[column] = tuple(classes)
-    if not tasks:
-        raise DataError(f"{table}: no column of labels besides {', '.join(list(rows[0])[:-1])}")
+    rows, tasks = read_table(table, "clinical", "dermoscopy"), {}
+    others = ("clinical", "dermoscopy", "split", "patient", "patient_id", "where", *METADATA)
+    for column in (column for column in rows[0] if column not in others):
+        classes = {row[column] for row in rows if row[column].lower() not in EMPTY}
+        place, n = f"{table}, column {column}", len(classes)
+        require(n > 1, f"{place}: a task needs two classes; {n} in {len(rows)} rows. Add lesions, or remove it")
+        most = max(20, len(rows) // 10)
+        require(n <= most, f"{place}: {n} different values in {len(rows)} rows look like names, not classes; remove it")
+        tasks[column] = tuple(sorted(classes, key=lambda name: (name != "absent", name)))
+    require(tasks, f"{table}: no column of labels besides {', '.join(list(rows[0])[:-1])}")
+
     lesions, index = [], photo_index(table.parent)
-    for n, row in enumerate(rows):
-        split = {"val": "valid", "validation": "valid"}.get(row.get("split", "").lower(), row.get("split", "").lower())
-        if split not in SPLITS and (split or lesions and lesions[0].split):
-            raise DataError(f"{row['where']}: split is {row['split']!r}; write train, valid or test in every row, or in none")
-        files = [Path(row[kind]) if Path(row[kind]).is_absolute() else locate(table.parent, index, row[kind], row["where"])
-                 for kind in ("clinical", "dermoscopy")]
-        lesions.append(Lesion(str(n + 1), *files, [classes.index(row[task]) if row[task] in classes else -1
-                                                   for task, classes in tasks.items()], row, split, row.get("patient", "")))
+    given = any(row.get("split") for row in rows)
+    for n, row in enumerate(rows, 1):
+        split = row.get("split", "").lower()
+        split = {"val": "valid", "validation": "valid"}.get(split, split)
+        require(split in SPLITS or not given,
+                f"{row['where']}: split is {row.get('split')!r}; write train, valid or test in every row, or in none")
+        photos = [locate(table.parent, index, row, column, absolute=True) for column in ("clinical", "dermoscopy")]
+        labels = [classes.index(row[task]) if row[task] in classes else -1 for task, classes in tasks.items()]
+        lesions.append(Lesion(str(n), photos, labels, row, split, row.get("patient_id", row.get("patient", ""))))
     return "pairs", tasks, lesions, []
 
 
@@ -377,74 +370,87 @@ def read_pairs(table):
 
 def check(kind, tasks, lesions, notes, path):
     """Lesions become a Release: photos are all there, splits are made or checked, counts looked at."""
-    if not lesions:
-        raise DataError(f"{path}: no lesion with two photos and a label. {' '.join(notes)}")
-    photos = [(lesion.clinical, lesion.dermoscopy) for lesion in lesions]
-    with ThreadPoolExecutor() as threads:
-        digests = list(threads.map(lambda pair: tuple(map(digest, pair)), photos))
-    if any(None in pair for pair in digests):
+    require(lesions, f"{path}: no lesion with two photos and a label. {' '.join(notes)}")
+    photos = [tuple(lesion.photos) for lesion in lesions]
+    digests = list(in_threads(lambda pair: tuple(map(digest, pair)), photos))
+    if not all(map(all, digests)):
         refuse_broken(photos)
-    shared = defaultdict(list)  # what two lesions of different splits may not share -> the lesions that have it
+    labels, split = np.array([lesion.labels for lesion in lesions], np.int64), np.array([lesion.split for lesion in lesions])
+
+    # What lesions of different splits may not share, a file's digest (bytes) or a patient -> the lesions that share it.
+    shared = defaultdict(list)
     for n, lesion in enumerate(lesions):
-        for key in {*digests[n], *([] if unknown(lesion.patient) else [("patient", lesion.patient)])}:
+        for key in {*digests[n], known(lesion.patient)}:
             shared[key].append(n)
-    shared = {key: members for key, members in shared.items() if len(members) > 1}
+    shared = {key: members for key, members in shared.items() if key and len(members) > 1}
     twins = [" and ".join(lesions[n].case for n in members) for key, members in shared.items() if isinstance(key, bytes)]
     if twins:
-        notes.append(f"WARNING: {len(twins)} files are in several lesions: {'; '.join(twins[:5])}")
-    labels = np.array([lesion.labels for lesion in lesions], np.int64)
-    if lesions[0].split:
-        split = np.array([lesion.split for lesion in lesions])
-        for key, members in shared.items():
-            if len({lesions[n].split for n in members}) > 1:
-                what = f"patient {key[1]} is" if isinstance(key, tuple) else "one and the same image file is"
-                problem = f"{path}: {what} in two splits: " + ", ".join(f"{lesions[n].row['where']} ({lesions[n].split})" for n in members)
-                if PUBLISHED not in notes:
-                    raise DataError(f"{problem}; move or remove a row")
-                notes.append(f"WARNING: {problem}; kept as published")
-    else:
-        split = make_split(labels[:, 0], shared, path)
-    if missing := [name for name in SPLITS if not (split == name).any()]:
-        raise DataError(f"{path}: no lesion in {' and '.join(missing)}")
-    for t, (task, classes) in enumerate(tasks.items()):
-        counts = np.bincount(labels[split == "train", t] + 1, minlength=len(classes) + 1)[1:]
-        if (counts > 0).sum() < 2:
-            raise DataError(f"{path}: task {task} has fewer than two classes in the training split; nothing to learn")
-        if not counts.all():
-            notes.append(f"WARNING: {task} has no training case of {', '.join(c for c, n in zip(classes, counts) if not n)}")
-    if (labels < 0).any():
-        notes.append(f"{(labels < 0).sum()} labels are unknown and left out of loss and metrics")
-    metadata = {column: [lesion.row.get(column, "") for lesion in lesions] for column in METADATA
-                if any(lesion.row.get(column) for lesion in lesions)}
+        notes.append(f"WARNING: {len(twins)} files are in several lesions: {listed(twins)}")
+
+    if not lesions[0].split:
+        split = make_split(labels[:, 0], list(shared.values()), path)
+    for key, members in shared.items():
+        if len(set(split[members])) > 1:
+            what = "one and the same image file" if isinstance(key, bytes) else f"patient {key}"
+            places = ", ".join(f"{lesions[n].row['where']} ({split[n]})" for n in members)
+            problem = f"{path}: {what} is in two splits: {places}"
+            require(PUBLISHED in notes, f"{problem}; move or remove a row")
+            notes.append(f"WARNING: {problem}; kept as published")
+    missing = " and ".join(name for name in SPLITS if name not in split)
+    require(not missing, f"{path}: no lesion in {missing}")
+
+    for (task, classes), column in zip(tasks.items(), labels[split == "train"].T):
+        absent = [name for k, name in enumerate(classes) if k not in column]
+        require(len(classes) - len(absent) > 1, f"{path}: task {task} has fewer than two classes in the training split")
+        if absent:
+            notes.append(f"WARNING: {task} has no training case of {', '.join(absent)}")
+    if unlabelled := (labels < 0).sum():
+        notes.append(f"{unlabelled} labels are unknown and left out of loss and metrics")
+    metadata = {column: [lesion.row.get(column, "") for lesion in lesions] for column in METADATA}
+    metadata = {column: values for column, values in metadata.items() if any(values)}
     return Release(kind, tasks, [lesion.case for lesion in lesions], photos, labels, split, metadata, notes, digests)
 
 
 def make_split(classes, shared, path):
-    """0.7 / 0.1 / 0.2 of the lesions (paper, Sec. 4.2) as ten stratified folds; what shares a patient or a file stays together."""
+    """0.7 / 0.1 / 0.2 of the lesions (paper, Sec. 4.2) as ten stratified folds; the lesions of each list in `shared` stay
+    together."""
     group = np.arange(len(classes))
-    for members in shared.values():
+    for members in shared:
         group[np.isin(group, group[members])] = group[members].min()
-    if len(set(group)) < 10 or np.bincount(classes + 1).max() < 10:
-        raise DataError(f"{path}: {len(set(group))} independent lesions are too few to split, or no class has 10; give a column split")
+    groups = len(set(group))
+    require(groups >= 10 and np.bincount(classes + 1).max() >= 10,
+            f"{path}: {groups} independent lesions are too few to split, or no class has 10; give a column split")
+    split = np.full(len(classes), "train")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class")  # then a split has none of it, which check() says
         folds = StratifiedGroupKFold(10, shuffle=True, random_state=0).split(classes, classes, group)
-        split = np.full(len(classes), "train")
-        for fold, (_, rows) in enumerate(folds):
-            split[rows] = ("test", "test", "valid", *["train"] * 7)[fold]
+        for name, (_, rows) in zip(("test", "test", "valid"), folds):
+            split[rows] = name
     return split
 
 
 # ------------------------------------------------------------------------------------- photos: read once, kept as uint8
 
 
+def in_threads(work, items, what=""):
+    """work(item) of each item, in order; 128 at a time, which bounds the memory. With `what`, a terminal shows a bar."""
+    total = len(items)
+    with ThreadPoolExecutor() as threads:
+        for start in range(0, total, 128):
+            yield from threads.map(work, items[start:start + 128])
+            done = min(start + 128, total)
+            if what and sys.stderr.isatty():
+                bar = f"{'#' * (30 * done // total):30}"
+                print(f"\r{what} {bar} {done}/{total}", end="\n" * (done == total), file=sys.stderr)
+
+
 def digest(path):
-    """Hash of the file's contents; None if it cannot be read or is empty."""
+    """Hash of the file's contents; b"" if it cannot be read or is empty."""
     try:
         contents = path.read_bytes()
     except OSError:
-        return None
-    return hashlib.blake2b(contents, digest_size=16).digest() if contents else None
+        contents = b""
+    return contents and hashlib.blake2b(contents, digest_size=16).digest()
 
 
 def decode(path, size):
@@ -462,23 +468,22 @@ def decode(path, size):
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.asarray(image.convert("RGB").resize((size, size), Image.BILINEAR))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: missing") from error
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # what Pillow raises for bad files
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # what Pillow raises
+        reason = "missing" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: {reason}") from error
 
 
 def refuse_broken(photos):
     """Raises DataError with a line for every photo that is missing or cannot be decoded, if there are any."""
-    def look(path):
+    def problem(path):
         try:
             decode(path, 8)
         except DataError as error:
             return str(error)
-    with ThreadPoolExecutor() as threads:
-        problems = [line for line in threads.map(look, sorted({path for pair in photos for path in pair})) if line]
-    if problems:
-        raise DataError(f"{len(problems)} photos are missing or broken; restore them or remove their rows:\n  " + "\n  ".join(problems))
+
+    problems = [line for line in in_threads(problem, sorted({path for pair in photos for path in pair})) if line]
+    title = f"{len(problems)} photos are missing or broken; restore them or remove their rows:"
+    require(not problems, "\n  ".join([title, *problems]))
 
 
 @contextmanager
@@ -493,44 +498,39 @@ def whole(path):
 
 
 def load(release, size, cache):
-    """All photos as (N, 2, size, size, 3) uint8, clinical first: a read-only memory map of a file in the folder `cache`.
+    """All photos as (N, 2, size, size, 3) uint8, clinical first: a memory map, read-only, of a file in `cache`.
 
-    The file's name is a hash of the photos' contents, so a changed or added photo is decoded anew; it ends in a checksum; and
-    it is renamed when complete, so that neither two runs at once nor a killed one leave half of it. Raises DataError.
+    The file's name is a hash of the photos' contents, so a changed or added photo is decoded anew; it ends in a checksum;
+    and it is renamed when complete, so that neither two runs at once nor a killed one leave half of it. Raises DataError.
     """
-    key = hashlib.blake2b(f"{size} {PIL.__version__}".encode(), digest_size=8)
-    key.update(b"".join(each for pair in release.digests for each in pair))
-    path = Path(cache) / f"{release.kind}-{size}-{key.hexdigest()}.uint8"
-    shape = (len(release.photos), 2, size, size, 3)
+    contents = b"".join(each for pair in release.digests for each in pair)
+    key = hashlib.blake2b(f"{size} {PILLOW}".encode() + contents, digest_size=8).hexdigest()
+    path, shape = Path(cache) / f"{release.kind}-{size}-{key}.uint8", (len(release.photos), 2, size, size, 3)
+    volume = 6 * size ** 2 * len(release.photos)  # bytes
     if path.is_file():
-        if path.stat().st_size == math.prod(shape) + 4:
-            pixels = np.memmap(path, np.uint8, "c", shape=shape)
-            if zlib.crc32(pixels).to_bytes(4, "big") == np.memmap(path, np.uint8, "r", math.prod(shape)).tobytes():
-                return pixels
+        if path.stat().st_size == volume + 4:
+            stored = np.memmap(path, np.uint8, "c")
+            if zlib.crc32(stored[:-4]) == int.from_bytes(stored[-4:], "big"):
+                return stored[:-4].reshape(shape)
         print(f"{path} is damaged; the photos are decoded again", file=sys.stderr)
+
     checksum = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor() as threads:
-            for start in range(0, len(release.photos), 64):  # 64 pairs at a time bound the memory, whatever the release
-                for photo in threads.map(lambda path: decode(path, size), sum(release.photos[start:start + 64], ())):
-                    file.write(photo.data)
-                    checksum = zlib.crc32(photo.data, checksum)
-                progress("decoding photos", min(start + 64, len(release.photos)), len(release.photos))
+        with whole(path) as temporary, open(temporary, "wb") as file:
+            photos = [path for pair in release.photos for path in pair]
+            for photo in in_threads(lambda path: decode(path, size), photos, "decoding photos"):
+                file.write(photo.data)
+                checksum = zlib.crc32(photo.data, checksum)
             file.write(checksum.to_bytes(4, "big"))
             os.fsync(file.fileno())
     except DataError:
         refuse_broken(release.photos)
         raise  # it was broken then and is not now
     except OSError as error:
-        raise DataError(f"{path}: cannot write the {math.prod(shape) / 2 ** 20:,.0f} MiB of decoded photos ({error.strerror}); "
+        raise DataError(f"{path}: cannot write the {volume / 2 ** 20:,.0f} MiB of decoded photos ({error.strerror}); "
                         "make room there or choose another folder with --cache") from error
     return np.memmap(path, np.uint8, "c", shape=shape)  # "c": torch wants it writable; nothing goes to the file
-
-
-def progress(what, done, total):
-    if sys.stderr.isatty():
-        print(f"\r{what} {'#' * (30 * done // total):30} {done}/{total}", end="\n" if done == total else "", file=sys.stderr)
 
 
 def normalise(pixels):
@@ -551,7 +551,7 @@ def augment(pixels, generator, strength=1.0):
     u = torch.rand((15, B), generator=generator).to(pixels.device)
     on, amount = (u[:6] < strength / 2).float(), 2 * u[6:] - 1  # (6, B) 0 or 1; (9, B) from -1 to 1
     flip_x, flip_y = 1 - 2 * on[0], 1 - 2 * on[1]
-    turn = on[2] * (4 * u[6]).floor() * math.pi / 2 + on[3] * amount[1] * math.pi / 4  # quarter turns, and up to 45 degrees
+    turn = on[2] * (4 * u[6]).floor() * np.pi / 2 + on[3] * amount[1] * np.pi / 4  # quarter turns, and up to 45 degrees
     zoom = 1 + on[3] * amount[2] * 0.5
     shift = on[3] * amount[3:5] * 2 / 16  # of a side that goes from -1 to 1
     cos, sin = turn.cos() / zoom, turn.sin() / zoom
@@ -579,32 +579,27 @@ def synthesize(folder, cases=1011, height=256, seed=0):
     temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
     (temporary / "images").mkdir(parents=True)
     (temporary / "meta").mkdir()
-    tasks = {task: tuple(classes) for task, (_, classes) in SPC.items()}
 
     def make(n):
         rng = np.random.default_rng([seed, n])
         signs = invent_signs(rng)
+        row = {"case_num": n + 1, "clinic": f"clinic{n:04}.jpg", "derm": f"derm{n:04}.jpg", "notes": SYNTHETIC}
         for kind, photo in zip(("clinic", "derm"), draw_lesion(signs, rng, height)):
-            Image.fromarray(photo).save(temporary / "images" / f"{kind}{n:04}.jpg", quality=92)
-        row = {column: rng.choice(SPC[task][1][signs[task]][1]) for task, (column, _) in SPC.items()}
-        score = seven_point_score(tasks, [tasks[task].index(signs[task]) for task in tasks])
-        return {"case_num": n + 1, "seven_point_score": score, "sex": rng.choice(["female", "male"]),
-                "clinic": f"clinic{n:04}.jpg", "derm": f"derm{n:04}.jpg", "notes": SYNTHETIC, **row}
+            Image.fromarray(photo).save(temporary / "images" / row[kind], quality=92)
+        row |= {column: rng.choice(classes[signs[task]][1]) for task, (column, classes) in SPC.items()}
+        score = sum(SEVEN_POINTS.get(sign, 0) for sign in signs.items())
+        return row | {"seven_point_score": score, "sex": rng.choice(["female", "male"])}
 
-    with ThreadPoolExecutor() as threads:
-        rows = []
-        for row in threads.map(make, range(cases)):
-            rows.append(row)
-            progress("drawing lesions", len(rows), cases)
     columns = ["case_num", "diagnosis", "seven_point_score", *(column for column, _ in list(SPC.values())[1:]),
-               "level_of_diagnostic_difficulty", "elevation", "location", "sex", "management", "clinic", "derm", "case_id", "notes"]
+               "level_of_diagnostic_difficulty", "elevation", "location", "sex", "management", "clinic", "derm", "case_id",
+               "notes"]
     with open(temporary / "meta" / "meta.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    ends = [0, *(round(cases * end / 1011) for end in (413, 616, 1011))]  # the published shares
-    for split, start, end in zip(SPLITS, ends, ends[1:]):
-        (temporary / "meta" / f"{split}_indexes.csv").write_text("\n".join(["indexes", *map(str, range(start, end))]) + "\n")
+        table = csv.DictWriter(file, columns, restval="")
+        table.writeheader()
+        table.writerows(in_threads(make, range(cases), "drawing lesions"))
+    ends = [round(cases * end / 1011) for end in (413, 616)]  # the published shares
+    for split, rows in zip(SPLITS, np.split(np.arange(cases), ends)):
+        np.savetxt(temporary / "meta" / f"{split}_indexes.csv", rows, "%d", header="indexes", comments="")
     try:
         os.rename(temporary, folder)
     except OSError:
@@ -617,30 +612,31 @@ def synthesize(folder, cases=1011, height=256, seed=0):
 def invent_signs(rng):
     """A class for each task of SPC, about as frequent as in the published release."""
     kind = rng.choice(["BCC", "SK", "MISC", "melanocytic"], p=np.array([42, 45, 97, 827]) / 1011)
-    m = rng.beta(0.6, 1.1) if kind == "melanocytic" else 0.12  # how malignant it looks
-
-    def sign(classes, irregular, regular):  # absent, the regular one if there are two, the irregular one
-        p = min(1, irregular * m), min(1, regular * (1 - m))
-        return rng.choice(classes, p=[1 - sum(p), p[0]] if len(classes) == 2 else [1 - sum(p), p[1], p[0]])
-
-    signs = {"PN": sign(["absent", "TYP", "ATP"], 0.7, 0.75) if kind == "melanocytic" else "absent",
-             "STR": sign(["absent", "REG", "IR"], 0.75, 0.2) if kind == "melanocytic" else "absent",
-             "PIG": sign(["absent", "REG", "IR"], 0.85, 0.2), "RS": sign(["absent", "PRS"], 0.75, 0),
-             "DaG": sign(["absent", "REG", "IR"], 1.0, 0.5), "BWV": sign(["absent", "PRS"], 0.5, 0),
-             "VS": sign(["absent", "REG", "IR"], 0.2, 0.8 if kind == "BCC" else 0.1)}
-    suspicious = sum(points for sign, points in SEVEN_POINTS.items() if signs[sign[0]] == sign[1]) >= 3
+    melanocytic = kind == "melanocytic"
+    m = rng.beta(0.6, 1.1) if melanocytic else 0.12  # how malignant it looks
+    signs = {"DIAG": kind}
+    odds = {"PN": (0.75, 0.7), "STR": (0.2, 0.75), "PIG": (0.2, 0.85), "RS": (0, 0.75), "DaG": (0.5, 1.0), "BWV": (0, 0.5),
+            "VS": (0.8 if kind == "BCC" else 0.1, 0.2)}  # of the regular class, if there is one, and of the irregular class
+    for task, (regular, irregular) in odds.items():
+        classes = SPC_TASKS[task]
+        p = [min(1, regular * (1 - m)), min(1, irregular * m)][1 - len(classes):]
+        signs[task] = rng.choice(classes, p=[1 - sum(p), *p]) if melanocytic or task not in ("PN", "STR") else "absent"
+    suspicious = sum(SEVEN_POINTS.get(sign, 0) for sign in signs.items()) >= 3
     melanoma = suspicious != (rng.random() < 0.06)
-    return {"DIAG": kind if kind != "melanocytic" else "MEL" if melanoma else "NEV", **signs}
+    return signs | {"DIAG": "MEL" if melanoma else "NEV"} if melanocytic else signs
 
 
 def draw_lesion(signs, rng, height):
     """(clinical, dermoscopy) photos, (height, 1.5 height, 3) uint8. Lengths are in units of the height."""
-    H, W = shape = height, height * 3 // 2
+    H, W = height, height * 3 // 2
     y, x = np.mgrid[:H, :W].astype(np.float32) / H
 
     def noise(scale):  # smooth, from -1 to 1, in blobs of that size
         coarse = rng.uniform(-1, 1, (round(1 / scale) + 2, round(1.5 / scale) + 2)).astype(np.float32)
         return np.asarray(Image.fromarray(coarse).resize((W, H), Image.BICUBIC))
+
+    def blob(place, size):  # 1 at the place, soft all around
+        return np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / size ** 2)
 
     def ink(dots=(), lines=()):  # anti-aliased mask of dots (y, x, radius) and lines (points, width)
         mask = Image.new("L", (2 * W, 2 * H))
@@ -650,33 +646,36 @@ def draw_lesion(signs, rng, height):
             ImageDraw.Draw(mask).line([(2 * H * px, 2 * H * py) for py, px in points], 255, round(2 * H * width), "curve")
         return np.asarray(mask.resize((W, H), Image.BOX), np.float32) / 255
 
+    def dots(places, low, high):  # ink of dots with radii from low to high
+        return ink((*place, rng.uniform(low, high)) for place in places)
+
+    def walk(place, steps, step, bend, width, angle=None):  # a wandering line that starts there
+        turns = (rng.uniform(0, 6) if angle is None else angle) + np.cumsum(rng.normal(0, bend, steps))
+        return np.add(place, step * np.cumsum([np.sin(turns), np.cos(turns)], axis=1).T).tolist(), width
+
+    def around(angle, r):  # points at these angles and distances from the lesion's centre
+        return np.stack((cy + r * np.sin(angle), cx + r * np.cos(angle)), 1)
+
+    def inside(n, low=0.0, high=0.9):  # n random points of the lesion, from its centre 0 to its edge 1
+        return around(rng.uniform(0, 2 * np.pi, n), 0.37 * np.sqrt(rng.uniform(low ** 2, high ** 2, n)))
+
+    def patch(size):  # a soft-edged, irregular area in the lesion
+        return lesion * np.clip(1.5 * blob(*inside(1, high=0.55), size) + 0.45 * noise(0.1) - 0.4, 0, 1)
+
     def paint(mask, colour):
         image[...] += mask[..., None] * (np.asarray(colour, np.float32) - image)
 
-    def walk(start, angle, steps, step, bend):  # the points of a wandering line
-        turns = angle + np.cumsum(rng.normal(0, bend, steps))
-        return np.add(start, step * np.cumsum([np.sin(turns), np.cos(turns)], axis=1).T).tolist()
-
-    def inside(n, low=0.0, high=0.9):  # n random points of the lesion, from its centre 0 to its edge 1
-        angle, r = rng.uniform(0, 2 * np.pi, n), 0.37 * np.sqrt(rng.uniform(low ** 2, high ** 2, n))
-        return np.stack((cy + r * np.sin(angle), cx + r * np.cos(angle)), 1)
-
-    def patch(size):  # a soft-edged, irregular area in the lesion
-        (py, px), = inside(1, high=0.55)
-        return lesion * np.clip(1.5 * np.exp(-((y - py) ** 2 + (x - px) ** 2) / size ** 2) + 0.45 * noise(0.1) - 0.4, 0, 1)
-
     # Skin and lesion: the outline is a circle with a few waves, stronger in an irregular lesion.
-    kind = signs["DIAG"]
     cy, cx = 0.5 + rng.uniform(-0.04, 0.04), 0.75 + rng.uniform(-0.06, 0.06)
     angle, radius = np.arctan2(y - cy, x - cx), np.hypot(y - cy, x - cx)
     waves = rng.normal(0, 0.12 if "IR" in (signs["PIG"], signs["STR"]) else 0.05, 4)
     edge = rng.uniform(0.34, 0.42) * (1 + sum(w / k * np.cos(k * angle + rng.uniform(0, 6)) for k, w in enumerate(waves, 2)))
     depth = edge - radius  # > 0 inside
-    lesion = np.clip(depth / (0.012 if kind == "SK" else 0.03) + 0.5, 0, 1)
+    lesion = np.clip(depth / (0.012 if signs["DIAG"] == "SK" else 0.03) + 0.5, 0, 1)
     skin = np.array([232, 190, 170]) * rng.uniform(0.9, 1.04) + rng.normal(0, 4, 3)
     image = (skin + (7 * noise(0.3) + 3 * noise(0.03))[..., None]).astype(np.float32)
-    brown = np.array({"BCC": (214, 150, 140), "SK": (150, 118, 92), "MISC": (186, 128, 112)}.get(kind, (168, 112, 78)))
-    brown = brown * rng.uniform(0.88, 1.1) + rng.normal(0, 5, 3)
+    browns = {"BCC": (214, 150, 140), "SK": (150, 118, 92), "MISC": (186, 128, 112)}
+    brown = np.array(browns.get(signs["DIAG"], (168, 112, 78))) * rng.uniform(0.88, 1.1) + rng.normal(0, 5, 3)
     paint(lesion * (0.8 + 0.12 * noise(0.15)), brown)
 
     if signs["PIG"] == "REG":  # one even, central shade; irregular: dark blotches off the centre
@@ -686,22 +685,22 @@ def draw_lesion(signs, rng, height):
             paint(0.85 * patch(rng.uniform(0.05, 0.1)), (62, 36, 28))
     if signs["PN"] != "absent":  # a honeycomb of brown lines; atypical: wide, uneven, warped, broken
         typical = signs["PN"] == "TYP"
-        warp, turn = 0.006 if typical else 0.035, rng.uniform(0, 1)
+        pitch, warp = (0.065, 0.006) if typical else (0.085, 0.035)
+        turns = rng.uniform(0, 1) + np.array([0, 2 * np.pi / 3, 4 * np.pi / 3])
         u, v = x + warp * noise(0.12), y + warp * noise(0.12)
-        mesh = sum(np.cos(2 * np.pi / (0.065 if typical else 0.085) * (u * np.cos(turn + t) + v * np.sin(turn + t)))
-                   for t in (0, 2 * np.pi / 3, 4 * np.pi / 3))
+        mesh = sum(np.cos(2 * np.pi / pitch * (u * np.cos(turn) + v * np.sin(turn))) for turn in turns.tolist())
         lines = np.clip((-0.35 - mesh + (0 if typical else 0.55 * noise(0.1))) / 0.5, 0, 1)
         fade = 0.6 * np.clip(depth / 0.1, 0, 1) if typical else 0.85 * np.clip(0.55 + 0.9 * noise(0.18), 0, 1)
         paint(lesion * lines * fade, brown * (0.5 if typical else 0.33))
+
     if signs["STR"] != "absent":  # radial lines at the edge, all round; irregular: in one or two places
         regular = signs["STR"] == "REG"
         angles = np.arange(0, 2 * np.pi, 0.21) if regular else rng.uniform(0, 0.9, 18) + np.repeat(rng.uniform(0, 6, 2), 9)
-        rays = []
-        for a in angles:
-            r = edge[round(H * (cy + 0.35 * np.sin(a))), round(H * (cx + 0.35 * np.cos(a)))] - 0.05
-            ends = r, r + (0.1 if regular else rng.uniform(0.08, 0.17))
-            rays.append(([(cy + r * np.sin(a), cx + r * np.cos(a)) for r in ends], 0.016 if regular else 0.026))
-        paint(0.9 * ink(lines=rays), brown * 0.4 if regular else (52, 32, 26))
+        start = edge[tuple((H * around(angles, 0.35)).round().astype(int).T)] - 0.05
+        end = start + (0.1 if regular else rng.uniform(0.08, 0.17, 18))
+        width, colour = (0.016, brown * 0.4) if regular else (0.026, (52, 32, 26))
+        paint(0.9 * ink(lines=[(ray, width) for ray in zip(around(angles, start), around(angles, end))]), colour)
+
     if signs["RS"] == "PRS":  # a scar-like white area, peppered with blue-grey
         area = patch(0.12)
         paint(0.85 * area, (236, 222, 216))
@@ -711,44 +710,52 @@ def draw_lesion(signs, rng, height):
         paint(0.9 * ink((cy + dy, cx + dx, 0.017) for dy, dx in rows if np.hypot(dy, dx) < 0.29), brown * 0.42)
     if signs["DaG"] == "IR":
         paint(0.95 * ink((*place, rng.choice([0.01, 0.018, 0.03, 0.038])) for place in inside(24, 0.4, 1.1)), (40, 26, 26))
+
     if signs["VS"] == "REG":  # branching red lines; irregular: red dots and short lines
-        stems = [walk(place, rng.uniform(0, 6), 9, 0.04, 0.45) for place in inside(5)]
-        twigs = [walk(stem[at], rng.uniform(0, 6), 3, 0.03, 0.3) for stem in stems for at in (2, 4)]
-        paint(0.85 * ink(lines=[(stem, 0.016) for stem in stems] + [(twig, 0.01) for twig in twigs]), (190, 34, 48))
+        stems = [walk(place, 9, 0.04, 0.45, 0.016) for place in inside(5)]
+        twigs = [walk(stem[at], 3, 0.03, 0.3, 0.01) for stem, _ in stems for at in (2, 4)]
+        paint(0.85 * ink(lines=stems + twigs), (190, 34, 48))
     if signs["VS"] == "IR":
-        short = [(walk(place, rng.uniform(0, 6), 3, 0.03, 0.5), 0.018) for place in inside(9)]
+        short = [walk(place, 3, 0.03, 0.5, 0.018) for place in inside(9)]
         paint(0.9 * ink([(*place, rng.uniform(0.011, 0.017)) for place in inside(45)], short), (196, 30, 52))
+
     if signs["BWV"] == "PRS":
         paint(0.8 * patch(0.16), (96, 118, 160))
-    if kind == "BCC":  # blue-grey ovoid nests
-        paint(0.75 * ink((*place, rng.uniform(0.018, 0.04)) for place in inside(6, 0.4)), (92, 98, 122))
-    if kind == "SK":  # milia-like cysts and comedo-like openings
-        paint(0.9 * ink((*place, rng.uniform(0.009, 0.016)) for place in inside(30)), (248, 236, 200))
-        paint(0.85 * ink((*place, rng.uniform(0.014, 0.024)) for place in inside(8)), (72, 48, 30))
-    if kind == "MISC":  # a dermatofibroma's white centre
+    if signs["DIAG"] == "BCC":  # blue-grey ovoid nests
+        paint(0.75 * dots(inside(6, 0.4), 0.018, 0.04), (92, 98, 122))
+    if signs["DIAG"] == "SK":  # milia-like cysts and comedo-like openings
+        paint(0.9 * dots(inside(30), 0.009, 0.016), (248, 236, 200))
+        paint(0.85 * dots(inside(8), 0.014, 0.024), (72, 48, 30))
+    if signs["DIAG"] == "MISC":  # a dermatofibroma's white centre
         paint(0.85 * np.clip(1.3 - radius / 0.13, 0, 1), (240, 226, 218))
+
     image += rng.normal(0, 3, image.shape)
     lens = np.clip((0.76 - np.hypot(y - 0.5, x - 0.75)) / 0.05, 0, 1)[..., None]
     dermoscopy = (image * (0.25 + 0.75 * lens)).clip(0, 255).astype(np.uint8)
 
-    # The clinical photo: the lesion small, blurred and off-centre on skin, among what is on skin besides: freckles, redness, pen
-    # marks, glare; then uneven light, hairs and grain.
+    def small(photo, blur):
+        photo = Image.fromarray(photo.astype(np.uint8)).resize((round(W * share), round(H * share)), Image.BOX)
+        return photo.filter(ImageFilter.GaussianBlur(blur * H))
+
+    def near(n, spread=0.2):  # n random places around the small lesion
+        return rng.normal((top / H + share / 2, left / H + 0.75 * share), spread, (n, 2)).tolist()
+
+    # The clinical photo: the lesion small, blurred and off-centre on skin, among what is on skin besides: redness, freckles,
+    # pen marks, glare; then uneven light, hairs and grain.
     share = rng.uniform(0.42, 0.6)
-    small = lambda photo, blur: Image.fromarray(photo).resize((round(W * share), round(H * share)), Image.BOX).filter(
-        ImageFilter.GaussianBlur(blur * H))
-    corner = round(W * rng.uniform(0.1, 0.9 - share)), round(H * rng.uniform(0.1, 0.9 - share))
-    photo = Image.fromarray((skin * (1, 0.96, 0.93) + (9 * noise(0.25) + 6 * noise(0.02))[..., None]).clip(0, 255).astype(np.uint8))
-    photo.paste(small(dermoscopy, 0.022), corner, small((215 * lesion).astype(np.uint8), 0.006))
+    left, top = round(W * rng.uniform(0.1, 0.9 - share)), round(H * rng.uniform(0.1, 0.9 - share))
+    plain = skin * (1, 0.96, 0.93) + (9 * noise(0.25) + 6 * noise(0.02))[..., None]
+    photo = Image.fromarray(plain.clip(0, 255).astype(np.uint8))
+    photo.paste(small(dermoscopy, 0.022), (left, top), small(215 * lesion, 0.006))
     image, turn = np.array(photo, np.float32), rng.uniform(0, 6)
-    middle = (corner[1] / H + share / 2, corner[0] / H + 0.75 * share)
-    near = lambda n, spread: rng.normal(middle, spread, (n, 2)).tolist()
-    for (py, px) in near(rng.integers(0, 6), 0.2):
-        paint(rng.uniform(0.3, 0.6) * np.exp(-((y - py) ** 2 + (x - px) ** 2) / rng.uniform(0.05, 0.15) ** 2), (200, 70, 70))
-    paint(0.7 * ink((*place, rng.uniform(0.006, 0.02)) for place in near(rng.integers(0, 40), 0.2)), (96, 58, 40))
-    paint(0.6 * ink(lines=[(walk(place, rng.uniform(0, 6), 5, 0.04, 0.4), 0.012) for place in near(rng.integers(0, 6), 0.2)]), (72, 80, 150))
-    paint(0.7 * ink((*place, rng.uniform(0.01, 0.03)) for place in near(rng.integers(0, 12), 0.12)), (250, 240, 236))
+    for place in near(rng.integers(0, 6)):
+        paint(rng.uniform(0.3, 0.6) * blob(place, rng.uniform(0.05, 0.15)), (200, 70, 70))
+    paint(0.7 * dots(near(rng.integers(0, 40)), 0.006, 0.02), (96, 58, 40))
+    paint(0.6 * ink(lines=[walk(place, 5, 0.04, 0.4, 0.012) for place in near(rng.integers(0, 6))]), (72, 80, 150))
+    paint(0.7 * dots(near(rng.integers(0, 12), 0.12), 0.01, 0.03), (250, 240, 236))
     image *= rng.uniform(0.85, 1.08) * (1 + 0.22 * ((y - 0.5) * np.sin(turn) + (x - 0.75) * np.cos(turn)))[..., None]
-    hairs = [(walk(rng.uniform(0, (1, 1.5)), turn + rng.normal(0, 0.5), 7, 0.06, 0.25), 0.005) for _ in range(rng.integers(3, 15))]
+    hairs = [walk(rng.uniform(0, (1, 1.5)), 7, 0.06, 0.25, 0.005, turn + rng.normal(0, 0.5))
+             for _ in range(rng.integers(3, 15))]
     paint(0.7 * ink(lines=hairs), (70, 52, 44))
     return (image + rng.normal(0, 5, image.shape)).clip(0, 255).astype(np.uint8), dermoscopy
 
@@ -758,20 +765,19 @@ def draw_lesion(signs, rng, height):
 
 def contact_sheet(release, height=150):
     """A picture with, for each class of each task, one lesion: clinical beside dermoscopy, named, a task a row."""
-    width, caption = 3 * height, 18
-    cells = []
-    columns = max(map(len, release.tasks.values()))
+    across, down = 3 * height + 4, height + 22  # from one cell to the next: two photos, a caption, a margin of 4
+    size = max(map(len, release.tasks.values())) * across + 4, len(release.tasks) * down + 4
+    sheet = Image.new("RGB", size, "white")
     for t, (task, classes) in enumerate(release.tasks.items()):
-        for k in range(columns):
-            cell = Image.new("RGB", (width, height + caption), "white")
-            cells.append(cell)
-            if k < len(classes):
-                rows = np.flatnonzero(release.labels[:, t] == k)
-                ImageDraw.Draw(cell).text((4, 3), f"{task} {classes[k]}: {len(rows)}", "black")
-                for side, path in enumerate(release.photos[min(rows, key=lambda n: (release.labels[n] > 0).sum())] if len(rows) else ()):
-                    cell.paste(Image.fromarray(decode(path, height)).resize((width // 2 - 2, height)), (side * width // 2, caption))
-    grid = make_grid([torch.from_numpy(np.array(cell)).permute(2, 0, 1) for cell in cells], nrow=columns, padding=4, pad_value=255)
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+        for k, name in enumerate(classes):
+            x, y, rows = k * across + 4, t * down + 4, np.flatnonzero(release.labels[:, t] == k)
+            ImageDraw.Draw(sheet).text((x + 4, y + 3), f"{task} {name}: {len(rows)}", "black")
+            if len(rows):
+                plainest = min(rows, key=lambda row: (release.labels[row] > 0).sum())
+                for side, path in enumerate(release.photos[plainest]):
+                    photo = Image.fromarray(decode(path, height)).resize((3 * height // 2 - 2, height))
+                    sheet.paste(photo, (x + side * 3 * height // 2, y + 18))
+    return sheet
 
 
 def main(argv=None):
@@ -786,24 +792,27 @@ def main(argv=None):
         synthesize(args.path, args.synthesize)
     release = read(args.path, args.binary)
     refuse_broken(release.photos)
+
     print(f"{args.path}: {release.kind}, {len(release.cases)} lesions, two photos each")
     for note in release.notes:
         print(f"  {note}")
     if release.metadata:
         print(f"  columns for subgroups: {', '.join(release.metadata)}")
-    if any(len(classes) == 2 for classes in release.tasks.values()):
-        print("  of two classes the second is the positive one: " +
-              ", ".join(f"{task} {classes[1]}" for task, classes in release.tasks.items() if len(classes) == 2))
-    print(f"  {'task':6} {'class':12}" + "".join(f"{split:>8}" for split in SPLITS) + "     all")
-    for t, (task, classes) in enumerate(release.tasks.items()):
-        for k, name in enumerate(classes):
-            counts = [int((release.labels[release.rows(split), t] == k).sum()) for split in SPLITS]
-            print(f"  {task:6} {name:12}" + "".join(f"{count:8,}" for count in (*counts, sum(counts))))
-    print(f"  {'lesions':19}" + "".join(f"{len(release.rows(split)):8,}" for split in SPLITS) + f"{len(release.cases):8,}")
-    for side, kind in enumerate(("clinical", "dermoscopy")):
+    if positive := [f"{task} {classes[1]}" for task, classes in release.tasks.items() if len(classes) == 2]:
+        print(f"  of two classes the second is the positive one: {', '.join(positive)}")
+
+    table = {f"{task:6} {name:12}": release.labels[:, t] == k
+             for t, (task, classes) in enumerate(release.tasks.items()) for k, name in enumerate(classes)}
+    table[f"{'lesions':19}"] = np.full(len(release.cases), True)
+    print(f"  {'task':6} {'class':12}" + "".join(f"{split:>8}" for split in (*SPLITS, "all")))
+    for name, rows in table.items():
+        counts = [rows[release.rows(split)].sum() for split in SPLITS]
+        print(f"  {name}" + "".join(f"{count:8,}" for count in (*counts, sum(counts))))
+
+    for kind, paths in zip(("clinical", "dermoscopy"), zip(*release.photos)):
         sizes = Counter()
-        for pair in release.photos:
-            with Image.open(pair[side]) as image:
+        for path in paths:
+            with Image.open(path) as image:
                 sizes[image.size] += 1
         common = ", ".join(f"{w}x{h} ({n})" for (w, h), n in sizes.most_common(4))
         print(f"  {kind} photos: {len(sizes)} sizes, most often {common}")
