@@ -177,22 +177,20 @@ def read_table(path, *required):
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        lines = [([value.strip() for value in values], f"{path} line {reader.line_num}") for values in reader]
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num}: {error}; is a quotation mark left open?") from error
+    (names, _), *lines = [line for line in lines if any(line[0])] or [([], "")]
 
-    columns = [re.sub(r"^meta\..*\.", "", name.strip().lower()) for name in next(reader, [])]
+    columns = [re.sub(r"^meta\..*\.", "", name.lower()) for name in names]
     twice = ", ".join(name for name, count in Counter(columns).items() if count > 1)
     require(not twice, f"{path}: two columns are called {twice}; rename one")
     missing = ", ".join(name for name in required if name not in columns)
     require(not missing, f"{path}: no column {missing}; it has {', '.join(columns) or 'none'}")
-
-    rows = []
-    try:
-        for values in reader:
-            values, where = [value.strip() for value in values], f"{path} line {reader.line_num}"
-            if any(values):
-                require(len(values) == len(columns), f"{where}: {len(values)} values for {len(columns)} columns")
-                rows.append(dict(zip(columns, values), where=where))
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: {error}; is a quotation mark left open?") from error
+    for values, where in lines:
+        require(len(values) == len(columns), f"{where}: {len(values)} values for {len(columns)} columns")
+    rows = [dict(zip(columns, values), where=where) for values, where in lines]
     require(rows, f"{path}: no rows")
     return rows
 
@@ -537,7 +535,7 @@ def normalise(pixels):
     """(B, 2, S, S, 3) pixels from 0 to 255 -> clinical, dermoscopy: (B, 3, S, S) float32, ImageNet's mean and deviation."""
     x = pixels.permute(1, 0, 4, 2, 3).float()  # (2, B, 3, S, S)
     mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
-    return ((x - mean) / std).unbind(0)
+    return (x - mean).div_(std).unbind(0)
 
 
 def augment(pixels, generator, strength=1.0):
@@ -559,7 +557,7 @@ def augment(pixels, generator, strength=1.0):
     x = pixels.permute(0, 1, 4, 2, 3).reshape(B, 6, S, S).float()  # both photos as one image of six channels
     x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
     gain, offset = 1 + 0.2 * on[4:] * amount[5:7], 51 * on[4:] * amount[7:]  # (2, B) each; 51 = 0.2 of white
-    x = (x.view(B, 2, 3, S, S) * gain.T.view(B, 2, 1, 1, 1) + offset.T.view(B, 2, 1, 1, 1)).clamp(0, 255)
+    x = x.view(B, 2, 3, S, S).mul_(gain.T.view(B, 2, 1, 1, 1)).add_(offset.T.view(B, 2, 1, 1, 1)).clamp_(0, 255)
     return normalise(x.permute(0, 1, 3, 4, 2))
 
 

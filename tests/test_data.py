@@ -379,6 +379,8 @@ REFUSED_ELSEWHERE = {
     "pairs: no labels": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [row.pop() for row in r]), "no column of labels"),
     "pairs: strange split": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [
         row.append("split" if n == 0 else "train" if n != 5 else "holdout") for n, row in enumerate(r)]), "line 6: split is 'holdout'"),
+    "pairs: no split in the first row": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [
+        row.append("split" if n == 0 else "train" if n != 1 else "") for n, row in enumerate(r)]), "line 2: split is ''"),
     "pairs: half a split": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [
         row.append("split" if n == 0 else "train" if n != 5 else "") for n, row in enumerate(r)]), "line 6: split is ''"),
     "pairs: no test": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [
