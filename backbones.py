@@ -219,7 +219,7 @@ class WindowAttentionV2(WindowAttention):
 
 
 def of_length(length, x):
-    """Vectors x with this length, one product a number: F.normalize divides, which is the same and slower backward."""
+    """Vectors x with this length. One product a number; F.normalize divides, which is the same function, slower backward."""
     return x * (length / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)).to(x.dtype)
 
 

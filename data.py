@@ -175,7 +175,7 @@ def read_table(path, *required):
         text = contents.decode("latin-1")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+    delimiter = max(",;\t", key=text.lstrip("\r\n").split("\n", 1)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         lines = [([value.strip() for value in values], f"{path} line {reader.line_num}") for values in reader]
@@ -184,8 +184,8 @@ def read_table(path, *required):
     (names, _), *lines = [line for line in lines if any(line[0])] or [([], "")]
 
     columns = [re.sub(r"^meta\..*\.", "", name.lower()) for name in names]
-    twice = ", ".join(name for name, count in Counter(columns).items() if count > 1)
-    require(not twice, f"{path}: two columns are called {twice}; rename one")
+    twice = [name or "nothing" for name, count in Counter(columns).items() if count > 1]
+    require(not twice, f"{path}: two columns are called {', '.join(twice)}; rename one")
     missing = ", ".join(name for name in required if name not in columns)
     require(not missing, f"{path}: no column {missing}; it has {', '.join(columns) or 'none'}")
     for values, where in lines:

@@ -736,7 +736,7 @@ def draw_curves(run, results, p, suffix):
         ConfusionMatrixDisplay(matrix, display_labels=classes).plot(ax=two, cmap="Blues", colorbar=False, xticks_rotation=45)
         two.set(title=task)
     for name, bins in results["calibration"].items():
-        count, confidence, correct = zip(*bins)
+        _, confidence, correct = np.array(bins).reshape(-1, 3).T
         square.plot(confidence, correct, "o-", label=f"{name}: {percent(calibration_error(bins))}%")
     square.plot([0, 1], [0, 1], ":", color="grey")
     square.set(xlabel="confidence", ylabel="share correct")
@@ -753,7 +753,7 @@ def draw_sweep(path, groups):
     except ImportError:
         return
     for axes, name in zip(sides, ("mean_auc", "mean_accuracy")):
-        ws, values = zip(*sorted((float(group.split()[-1]), 100 * np.array(each[name])) for group, each in groups.items()))
+        ws, values = zip(*sorted((float(group.split()[-1]), 100 * np.array(each[name], float)) for group, each in groups.items()))
         axes.errorbar(ws, list(map(np.mean, values)), [v.std(ddof=min(1, len(v) - 1)) for v in values], fmt="o-")
         axes.set(xlabel="W of Eq. 3", ylabel=f"{MEANS[name]} (%)")
     figure.savefig(path, dpi=150)

@@ -172,7 +172,7 @@ def training(rounds, batch):
         loops, bares = [], []
         def after_an_epoch(row, epochs, speed, left):
             loops.append(speed)
-            bares.append(48 * 17 / seconds(lambda: [one() for _ in range(17)]))  # as many steps as the epoch had
+            bares.append(48 * 17 / seconds(lambda: [one() for _ in range(17)]))  # about as many steps as the epoch had
         train.print_epoch = after_an_epoch
         one()
         train.fit(folder, flags, release, pixels, DEVICE)

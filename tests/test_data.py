@@ -372,6 +372,8 @@ REFUSED_ELSEWHERE = {
                        "two columns are called lesion"),
     "an open quotation mark": (make_pairs, lambda f: text_of(f / "pairs.csv", lambda b: b + b'"' + b"x" * 200_000),
                                "is a quotation mark left open"),
+    "pairs: two columns without a name": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [
+        row.extend(["", ""] if n == 0 else ["a", "b"]) for n, row in enumerate(r)]), "two columns are called nothing"),
     "pairs: small classes": (lambda f: make_pairs(f, 16), lambda f: None, "or no class has 10"),
     "pairs: too few": (lambda f: make_pairs(f, 8), lambda f: None, "8 independent lesions are too few to split"),
     "pairs: a column of names": (make_pairs, lambda f: rewrite(f / "pairs.csv", lambda r: [
@@ -419,7 +421,7 @@ READ_RIGHT = {
     "byte order mark": lines(lambda b: b"\xef\xbb\xbf" + b),
     "semicolons": lines(lambda b: b.replace(b",", b";")),
     "tabs": lines(lambda b: b.replace(b",", b"\t")),
-    "blank rows": lines(lambda b: b.replace(b"\r\n", b"\r\n\r\n,,,,,,,,,,,,,,,,,,\r\n", 3) + b"\r\n\r\n"),
+    "blank rows": lines(lambda b: b"\r\n" + b.replace(b"\r\n", b"\r\n\r\n,,,,,,,,,,,,,,,,,,\r\n", 3) + b"\r\n\r\n"),
     "other line ends": lines(lambda b: b.replace(b"\r\n", b"\n")),
     "Latin-1": lambda f: (meta(1, "notes", "Läsion")(f), text_of(f / "meta" / "meta.csv", lambda b: b.decode().encode("latin-1"))),
     "upper case labels": lines(lambda b: b.replace(b"absent", b"Absent ").replace(b"nevus", b"NEVUS")),
