@@ -4,6 +4,10 @@ import torch
 
 import backbones
 import data
+import train
+
+TINY = ["--backbone", "convnext_atto", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--device", "cpu",
+        "--lr", "1e-3", "--epochs", "3", "--swa-start", "2"]
 
 
 def close(ours, theirs, tolerance=1e-9):
@@ -22,7 +26,7 @@ def randomise(module, seed=0, spread=0.05):
     generator = torch.Generator().manual_seed(seed)
     for name, value in module.state_dict().items():
         if value.is_floating_point() and not backbones.DERIVED.search(name):
-            noise = torch.randn(value.shape, generator=generator, dtype=value.dtype) * spread
+            noise = torch.empty_like(value).uniform_(-2 * spread, 2 * spread, generator=generator)
             value.add_(noise.abs() if name.endswith("running_var") else noise)
     return module
 
@@ -31,3 +35,11 @@ def randomise(module, seed=0, spread=0.05):
 def release(tmp_path_factory):
     """The folder of a small synthetic SPC: 60 cases, 25 / 12 / 23."""
     return data.synthesize(tmp_path_factory.mktemp("data") / "spc", cases=60, height=48)
+
+
+@pytest.fixture(scope="session")
+def finished(release, tmp_path_factory):
+    """The folder of a run that nothing disturbed. Copy it before you change it."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.main(["--data", str(release), "--cache", str(folder / "cache"), *TINY, "--out", str(folder / "run")])
+    return folder / "run"

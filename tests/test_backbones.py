@@ -19,14 +19,14 @@ BY_HAND = [name for name, each in backbones.BACKBONES.items() if each.keys in (b
 @lru_cache  # building a network takes longer than most of the tests
 def pair(name):
     """torchvision's network, and ours built from a file of its state dict. Use them, but leave them as they are."""
-    with mock.patch.object(nn.init, "trunc_normal_", nn.init.normal_):  # several times faster, and all is random here
+    with mock.patch.object(nn.init, "trunc_normal_"):  # the slowest part, and all is random here
         twin = randomise(backbones.torchvision_twin(name)).eval()
     for key, value in twin.named_parameters():
         if key.endswith("logit_scale"):
             value.data[0] = 5.0  # above the limit log 100 of Swin V2
     with tempfile.NamedTemporaryFile() as file:
         torch.save(twin.state_dict(), file.name)
-        with mock.patch.object(nn.init, "trunc_normal_", nn.init.normal_):
+        with mock.patch.object(nn.init, "trunc_normal_"):
             encoder = backbones.build(name, file.name).eval()
     return twin.double(), encoder.double()
 

@@ -13,7 +13,6 @@ from sklearn import metrics
 
 import data
 import evaluate
-import train
 from conftest import close
 from evaluate import RunError
 
@@ -176,14 +175,6 @@ def test_temperature_and_calibration_error():
 
 
 # ------------------------------------------------------------------------------------------------------------ whole runs
-
-
-@pytest.fixture(scope="module")
-def finished(release, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluated")
-    train.main(["--data", str(release), "--cache", str(folder / "cache"), "--backbone", "convnext_atto", "--weights", "none",
-                "--image-size", "32", "--batch-size", "8", "--device", "cpu", "--epochs", "2", "--out", str(folder / "run")])
-    return folder / "run"
 
 
 @pytest.fixture

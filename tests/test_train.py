@@ -12,18 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import data
 import model
 import train
-from PIL import Image
-from conftest import close, randomise
+from conftest import TINY, close, randomise
 from test_data import write
 from train import RunError
-
-TINY = ["--backbone", "convnext_atto", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--device", "cpu",
-        "--lr", "1e-3", "--epochs", "3", "--swa-start", "2"]
 
 
 @pytest.fixture
@@ -32,14 +29,6 @@ def tiny(release, tmp_path):
     def run(name, *flags):
         return train.main(["--data", str(release), "--cache", str(tmp_path / "cache"), *TINY, *flags, "--out", str(tmp_path / name)])
     return run
-
-
-@pytest.fixture(scope="module")
-def finished(release, tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("runs")
-    train.main(["--data", str(release), "--cache", str(folder / "cache"), *TINY, "--out", str(folder / "run")])
-    return folder / "run"
 
 
 def assert_same_run(one, other):
