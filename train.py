@@ -244,6 +244,8 @@ def main(argv=None):
     if "resume" in given:
         if flags.pop("release") != release.fingerprint():
             raise RunError(f"{path} is not what {run} began with: its photos, labels or split are others. Begin a new run with --out")
+        for unfinished in run.glob("*.tmp"):  # what a killed run was writing
+            unfinished.unlink()
     else:
         complete(flags, release)
         if flags["amp"] is None:

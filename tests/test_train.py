@@ -199,8 +199,10 @@ def test_killed_it_ends_in_the_same_bits(finished, release, tmp_path):
 
 def test_a_finished_run_resumed_stays_as_it_is_and_refuses_other_flags(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "last.pt.0a1b2c3d.tmp").touch()  # a killed run was writing it
     train.main(["--resume", str(tmp_path / "run"), "--epochs", "3"])
     assert_same_run(finished, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.tmp"))
     with pytest.raises(RunError, match=r"--epochs 9 \(it began with 3\).*the cosine depends on --epochs"):
         train.main(["--resume", str(tmp_path / "run"), "--epochs", "9"])
 
