@@ -250,9 +250,9 @@ def find_temperature(probabilities, labels, tasks):
     if not (labels >= 0).any():
         return 1.0
     grid = np.geomspace(0.2, 5, 161)
-    costs = [-sum(part[np.arange(len(truth)), truth].sum() for part, truth, _ in
-                  known(logs(softmax(logs(probabilities) / temperature, tasks)), labels, tasks)) for temperature in grid]
-    return float(grid[np.argmin(costs)])
+    sharpened = logs(softmax(logs(probabilities) / grid[:, None, None], tasks))  # (grid, N, K)
+    likelihood = sum(part[:, np.arange(len(truth)), truth].sum(1) for part, truth, _ in known(sharpened, labels, tasks))
+    return float(grid[likelihood.argmax()])
 
 
 def reliability(probabilities, labels, tasks):
@@ -354,21 +354,27 @@ def load_run(run, device):
     return network.eval(), saved
 
 
-def make_predictions(run, path, cache, device, tta):
-    """Predict the validation and test lesions of the release at `path` with the network of the run."""
+def make_predictions(network, release, pixels, device, amp, tta=False):
+    """Predictions of the release's validation and test lesions, whose photos are `pixels`."""
+    rows = np.concatenate([release.rows("valid"), release.rows("test")])
+    return Predictions(release.tasks, [release.cases[row] for row in rows], release.split[rows], release.labels[rows],
+                       predict(network, pixels, rows, device, amp, tta),
+                       {column: [values[row] for row in rows] for column, values in release.metadata.items()})
+
+
+def predict_again(run, path, cache, device, tta):
+    """Predictions of the release at `path` with the network of the run, which must not have learned from its test lesions."""
     network, saved = load_run(run, device)
     flags, tasks = saved["flags"], saved["tasks"]
     release = data.read(path, flags["binary"])
     if list(release.tasks.items()) != list(tasks.items()):
         raise RunError(f"{path} has the tasks {release.tasks}, but {run} learned {tasks}")
-    pixels = torch.from_numpy(data.load(release, flags["image_size"], cache))
-    rows = np.concatenate([release.rows("valid"), release.rows("test")])
-    if seen := sum(not set(saved["trained"]).isdisjoint(release.files(row)) for row in rows):
+    tested = np.flatnonzero(release.split != "train")
+    if seen := sum(not set(saved["trained"]).isdisjoint(release.files(row)) for row in tested):
         raise RunError(f"{run} was trained on {seen} of the validation and test lesions of {path}; give it a column split, or "
                        "evaluate on the release that it was trained with")
-    return Predictions(tasks, [release.cases[row] for row in rows], release.split[rows], release.labels[rows],
-                       predict(network, pixels, rows, device, flags["amp"], tta),
-                       {column: [values[row] for row in rows] for column, values in release.metadata.items()})
+    pixels = torch.from_numpy(data.load(release, flags["image_size"], cache))
+    return make_predictions(network, release, pixels, device, flags["amp"], tta)
 
 
 def write_predictions(path, p):
@@ -412,12 +418,11 @@ def read_predictions(path):
                        {name: [row[name] for row in cases] for name in list(rows[0])[5:] if name not in branches})
 
 
-def evaluate_run(run, path=None, cache="runs/cache", device=None, tta=False):
-    """(results, Predictions) of a run; writes results.json, and predictions.csv first if `path` is given. With test-time
-    augmentation the two files are results-tta.json and predictions-tta.csv."""
-    suffix = "-tta" * tta
+def evaluate_run(run, new=None, suffix=""):
+    """(results, Predictions) of a run, from its predictions.csv or from new predictions, which are then written there; writes
+    results.json. The suffix, "-tta" with test-time augmentation, is part of both names."""
     table = Path(run) / f"predictions{suffix}.csv"
-    p = make_predictions(run, path, cache, find_device(device), tta) if path else read_predictions(table)
+    p = read_predictions(table) if new is None else new
     if missing := {"valid", "test"} - set(p.split):
         raise RunError(f"{table} is not as it was written (it has no lesion of {' and '.join(missing)}): "
                        "evaluate.py RUN --data PATH writes it anew")
@@ -428,7 +433,7 @@ def evaluate_run(run, path=None, cache="runs/cache", device=None, tta=False):
         p.branches["fused"] = fuse(p.branches, results["weights"], p.tasks)
     results["temperature"] = {branch: find_temperature(values, valid.labels, p.tasks)
                               for branch, values in p.part("valid").branches.items()}
-    if path:
+    if new is not None:
         write_predictions(table, p)
     for split in ("valid", "test"):
         part = p.part(split)
@@ -486,6 +491,8 @@ def shown_means(found):
 def print_tables(results, compare=False):
     test, answer = results["test"], last(results["test"])
     name, spc = list(test)[-1], list(answer["accuracy"]) == list(data.SPC)
+    if compare and not spc:
+        raise RunError("--compare-paper: the figures are of the Seven-Point Checklist, and this run has other tasks")
     if len(test) > 1:
         print("weights of the fused prediction, searched on validation: " +
               ", ".join(f"{branch} {weight:.2f}" for branch, weight in results["weights"].items()))
@@ -493,7 +500,7 @@ def print_tables(results, compare=False):
     for metric in titles if spc else ["auc"]:
         rows = [(branch, [*found[metric].values(), found[f"mean_{metric}"]]) for branch, found in test.items()]
         print_table(titles[metric], [*answer[metric], "mean"],
-                    rows[:-1] + with_paper(*rows[-1], PAPER[metric]) if spc and compare else rows)
+                    rows[:-1] + with_paper(*rows[-1], PAPER[metric]) if compare else rows)
     if spc:
         rows = []
         for metric, paper in paper_table_4().items():
@@ -551,11 +558,13 @@ def print_groups(runs, results):
 # ------------------------------------------------------------------------------------------------------------ one lesion
 
 
-def answer_one(network, saved, results, clinical, dermoscopy, device):
-    """A dict branch -> (1, K) probabilities for one lesion, the last one calibrated: "fused", or the only photo's branch."""
-    size = saved["flags"]["image_size"]
-    photos = [data.decode(Path(path), size) for path in (clinical or dermoscopy, dermoscopy or clinical)]
-    branches = predict(network, torch.from_numpy(np.stack(photos))[None], [0], device, saved["flags"]["amp"])
+def answer(network, saved, results, clinical, dermoscopy, device):
+    """The photos of N lesions, (N, 2, S, S, 3), and a dict branch -> (N, K) probabilities, the last one calibrated: "fused", or
+    the only photo's branch. `clinical` and `dermoscopy` are lists of N paths; one of them may be empty."""
+    size, paths = saved["flags"]["image_size"], [*(clinical or dermoscopy), *(dermoscopy or clinical)]
+    photos = np.stack(list(data.in_threads(lambda path: data.decode(path, size), paths, "decoding photos")))
+    photos = photos.reshape(2, -1, *photos.shape[1:]).swapaxes(0, 1)
+    branches = predict(network, torch.from_numpy(photos), range(len(photos)), device, saved["flags"]["amp"])
     if not (clinical and dermoscopy):
         kind = "clinical" if clinical else "dermoscopy"
         if kind not in branches:
@@ -564,7 +573,7 @@ def answer_one(network, saved, results, clinical, dermoscopy, device):
     elif len(branches) > 1:
         branches["fused"] = fuse(branches, results["weights"], saved["tasks"])
     name = list(branches)[-1]
-    return branches | {name: softmax(logs(branches[name]) / results["temperature"][name], saved["tasks"])}
+    return photos, branches | {name: softmax(logs(branches[name]) / results["temperature"][name], saved["tasks"])}
 
 
 def print_answer(branches, tasks):
@@ -582,7 +591,7 @@ def print_answer(branches, tasks):
 
 
 def look(network, photos, weights, labels, device, point):
-    """Where an answer comes from: a gradient map (S, S) of each photo, and what a point of each reads.
+    """Where an answer comes from: a gradient map (S, S) of each of the photos (2, S, S, 3), and what a point of each reads.
 
     The map is the gradient of the summed log-probabilities of the predicted classes with respect to the pixels, its size
     blurred. `weights` says how much of each branch is in the answer. The attention is that after the second stage (H/8), of
@@ -654,23 +663,25 @@ def one_lesion(run, clinical, dermoscopy, device, point):
         raise RunError(f"{run}/results.json cannot be read ({error}); python evaluate.py {run} writes it") from error
     if any(path and Path(path).is_dir() for path in (clinical, dermoscopy)):
         return folder_of_lesions(run, network, saved, results, clinical, dermoscopy, device)
-    branches, tasks = answer_one(network, saved, results, clinical, dermoscopy, device), saved["tasks"]
-    both, name = clinical and dermoscopy, list(branches)[-1]
+    paths = [[Path(path)] if path else [] for path in (clinical, dermoscopy)]
+    (photos,), branches = answer(network, saved, results, *paths, device)
+    tasks, both, name = saved["tasks"], clinical and dermoscopy, list(branches)[-1]
     if not both:
         print(f"only the {name} photo: the answer of its branch, in which that photo takes the place of the missing one too")
-    labels, paths = print_answer(branches, tasks), [Path(clinical or dermoscopy), Path(dermoscopy or clinical)]
-    photos = np.stack([data.decode(path, saved["flags"]["image_size"]) for path in paths])
+    labels = print_answer(branches, tasks)
     maps, reads = look(network, photos, results["weights"] if name == "fused" else {name: 1.0}, labels, device, point)
     if not both:
         maps, reads = [maps[0] + maps[1]], []  # one photo in both places
-    shown, panels = [data.decode(path, 288) for path in paths], []
+    if point and not reads:
+        raise RunError("--point shows the attention between two photos, and there is none here")
+    shown, panels = [data.decode(path, 288) for path in sum(paths, [])], []
     for n, (kind, heat) in enumerate(zip(("clinical", "dermoscopy") if both else (name,), maps)):
         panels += [(shown[n], kind, None, reads[n][1] if reads else None),
                    (shown[n], f"what counts in the {kind} photo", heat / max(heat.max(), 1e-30), None)]
     other = shown if saved["flags"]["reading"] == "swapped" else shown[::-1]  # swapped: the other's map, the own values
     for (read, _), photo, kind in zip(reads, other, ("clinical", "dermoscopy")):
         panels.append((photo, f"read by the {kind} point ({read.max():.1f}x even)", (read - 1) / max(2, read.max() - 1), None))
-    path = Path(run) / f"lesion-{paths[0].stem}.png"
+    path = Path(run) / f"lesion-{Path(clinical or dermoscopy).stem}.png"
     draw_answer(panels, last(branches), tasks, labels).save(path)
     print(f"picture: {path}. Research software, not a medical device.")
     return branches
@@ -689,11 +700,11 @@ def folder_of_lesions(run, network, saved, results, clinical, dermoscopy, device
         raise RunError(f"{len(alone)} photos have no partner of the same name: {', '.join(alone[:10])}")
     if not photos[0]:
         raise RunError(f"{clinical}: no photos")
-    found = [answer_one(network, saved, results, path, photos[1][stem], device) for stem, path in photos[0].items()]
-    branches = {branch: np.concatenate([each[branch] for each in found]) for branch in found[0]}
-    path, unknown = Path(run) / "lesions.csv", np.full((len(found), len(saved["tasks"])), -1)
-    write_predictions(path, Predictions(saved["tasks"], list(photos[0]), np.full(len(found), ""), unknown, branches, {}))
-    print(f"{len(found)} lesions: {path}. Research software, not a medical device.")
+    cases = list(photos[0])
+    _, branches = answer(network, saved, results, *([by_name[case] for case in cases] for by_name in photos), device)
+    path, unknown = Path(run) / "lesions.csv", np.full((len(cases), len(saved["tasks"])), -1)
+    write_predictions(path, Predictions(saved["tasks"], cases, np.full(len(cases), ""), unknown, branches, {}))
+    print(f"{len(cases)} lesions: {path}. Research software, not a medical device.")
     return branches
 
 
@@ -707,7 +718,7 @@ def sheet(*size, rows=1, columns=1):
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
-def draw_curves(run, results, p, suffix):
+def draw_curves(run, results, p, suffix=""):
     """curves.png, roc.png, confusion.png and reliability.png in the run's folder, where matplotlib is installed."""
     part, wide = p.part("test"), min(len(p.tasks), 4)
     tall = -(-len(p.tasks) // wide)
@@ -792,13 +803,15 @@ def main(argv=None):
     args = parse(argv)
     if args.clinical or args.dermoscopy:
         return one_lesion(args.runs[0], args.clinical, args.dermoscopy, args.device, args.point)
-    results, predictions = zip(*(evaluate_run(run, args.data, args.cache, args.device, args.tta) for run in args.runs))
+    suffix, device = "-tta" * args.tta, find_device(args.device)
+    results, predictions = zip(*(evaluate_run(
+        run, predict_again(run, args.data, args.cache, device, args.tta) if args.data else None, suffix) for run in args.runs))
     for run, p in zip(args.runs, predictions):
         if not same_lesions(predictions[0], p):
             raise RunError(f"{args.runs[0]} and {run} have different tasks or test lesions; look at them one by one")
     if len(results) == 1:
         print_tables(results[0], args.compare_paper)
-        draw_curves(Path(args.runs[0]), results[0], predictions[0], "-tta" * args.tta)
+        draw_curves(Path(args.runs[0]), results[0], predictions[0], suffix)
     else:
         groups = print_groups(args.runs, results)
         if all(group.startswith("w ") and "," not in group for group in groups):

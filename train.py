@@ -61,9 +61,7 @@ DEFAULTS = {
     "compile": (False, False),  # ours: it takes a minute to begin, so it pays on a GPU and in long runs
 }
 DEMO = {"cases": 900, "height": 128}  # ours: drawn in 5 s, trained in less than a minute
-
-
-MODEL_AND_LOSS = ("modality", "encoder", "fusion", "classifiers", "reading", "loss", "w")  # a default folder's name tells them
+MODEL_AND_LOSS = ("modality", "encoder", "fusion", "classifiers", "reading", "loss", "w")  # in a default folder's name if given
 
 
 def parse(argv):
@@ -100,7 +98,7 @@ def parse(argv):
     add(group, "--swa-start", "first epoch, from 1, whose weights are averaged", type=int, metavar="EPOCH")
     add(group, "--seed", "of everything that is drawn: weights, order, augmentation, dropout", type=int)
     group = parser.add_argument_group("run")
-    add(group, "--out", "the run's folder [runs/<kind of data>-<backbone>-<seed>]", metavar="DIR")
+    add(group, "--out", "the run's folder [runs/<kind of data>-<backbone>-<flags of model and loss>-<seed>]", metavar="DIR")
     add(group, "--resume", "go on with the run in this folder, with the flags it began with", metavar="RUN")
     add(group, "--device", "cpu, cuda, cuda:1 or mps")
     add(group, "--amp", "bfloat16 autocast", **switch)
@@ -120,12 +118,13 @@ def parse(argv):
 
 
 def settle(given):
-    """All flags and the run's folder: those of args.json for --resume, else the given ones and the defaults."""
+    """All flags, the run's folder and the fingerprint of its data: those of args.json for --resume; else the given flags and
+    the defaults, the folder if given, and None."""
     if "resume" in given:
         run = Path(given["resume"])
         try:
             saved = json.loads((run / "args.json").read_text())
-            flags = saved["flags"] | {"release": saved["release"]}
+            flags, fingerprint = saved["flags"], saved["release"]
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"{run}: no run to go on with ({error})") from error
         moved = {flag: given[flag] for flag in ("data", "cache", "device") if flag in given}
@@ -133,13 +132,15 @@ def settle(given):
                        if flag not in ("resume", *moved) and flags.get(flag) != value]:
             raise RunError(f"{run} cannot go on with other flags: {', '.join(changed)}. The result would be that of neither "
                            "run (the cosine depends on --epochs); begin a new run with --out")
-        return flags | moved, run
+        return flags | moved, run, fingerprint
     flags = {"data": None} | {flag: values["data" in given] for flag, values in DEFAULTS.items()} | given
-    return flags, Path(flags.pop("out")) if "out" in flags else None
+    return flags, Path(flags.pop("out")) if "out" in flags else None, None
 
 
-def complete(flags, release):
-    """The flags that depend on the data or the machine."""
+def complete(flags, release, device):
+    """Decides the flags that depend on the data or the machine, and checks them."""
+    if flags["amp"] is None:
+        flags["amp"] = has_bfloat16(device)
     flags["epochs"] = flags["epochs"] or (250 if release.kind in ("spc", "synthetic") else 150)
     flags["swa_start"] = flags["swa_start"] or int(0.8 * flags["epochs"]) + 1
     if flags["swa_start"] > flags["epochs"]:
@@ -231,7 +232,7 @@ def write_log(path, rows):
 def main(argv=None):
     """Train and evaluate; returns the results that results.json holds. Raises RunError, data.DataError, WeightsError."""
     given = parse(argv)
-    flags, run = settle(given)
+    flags, run, begun_with = settle(given)
     device = evaluate.find_device(flags["device"])
     if flags["data"] is None:
         path = data.synthesize(f"runs/synthetic-spc-{DEMO['cases']}", **DEMO)
@@ -242,14 +243,12 @@ def main(argv=None):
     for note in release.notes:
         print(note)
     if "resume" in given:
-        if flags.pop("release") != release.fingerprint():
+        if begun_with != release.fingerprint():
             raise RunError(f"{path} is not what {run} began with: its photos, labels or split are others. Begin a new run with --out")
         for unfinished in run.glob("*.tmp"):  # what a killed run was writing
             unfinished.unlink()
     else:
-        complete(flags, release)
-        if flags["amp"] is None:
-            flags["amp"] = has_bfloat16(device)
+        complete(flags, release, device)
         changes = "".join(f"-{flag}-{value}" for flag, value in given.items() if flag in MODEL_AND_LOSS)
         run = run or Path(f"runs/{release.kind}-{flags['backbone']}{changes}-{flags['seed']}")
         begin(run, flags, release)
@@ -257,18 +256,21 @@ def main(argv=None):
         pixels = torch.from_numpy(data.load(release, flags["image_size"], flags["cache"]))
         if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             pixels = pixels.to(device)
-        fit(run, flags, release, pixels, device)
+        network = fit(run, flags, release, pixels, device)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"stopped. Go on with: python train.py --resume {run}") from stop
     except Exception:
         if not (run / "last.pt").exists():
             (run / "args.json").unlink(missing_ok=True)  # nothing was learned: the folder is free for another attempt
         raise
-    return evaluate.main([str(run), "--data", str(path), "--cache", flags["cache"], "--device", str(device)])
+    results, p = evaluate.evaluate_run(run, evaluate.make_predictions(network, release, pixels, device, flags["amp"]))
+    evaluate.print_tables(results)
+    evaluate.draw_curves(run, results, p)
+    return results
 
 
 def fit(run, flags, release, pixels, device):
-    """The recipe: from photos (N, 2, S, S, 3) uint8 to model.pt; from last.pt on if the run has one."""
+    """The recipe: from photos (N, 2, S, S, 3) uint8 to model.pt, whose network it returns; from last.pt on if the run has one."""
     torch.manual_seed(flags["seed"])
     state = evaluate.load_checkpoint(run / "last.pt", device)
     network = model.make(flags, [len(classes) for classes in release.tasks.values()],
@@ -340,6 +342,7 @@ def fit(run, flags, release, pixels, device):
     save(run / "model.pt", {"state": network.state_dict(), "flags": flags,
                             "trained": [name for row in train_rows.tolist() for name in release.files(row)],
                             "tasks": {task: list(classes) for task, classes in release.tasks.items()}})
+    return network
 
 
 def print_epoch(row, epochs, speed, left):

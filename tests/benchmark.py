@@ -162,8 +162,8 @@ def training(rounds, batch):
         folder = Path(folder)
         path = data.synthesize(folder / "spc", cases=1011, height=128)
         release = data.read(path)
-        flags, _ = train.settle(train.parse(["--device", DEVICE.type, "--epochs", str(2 * rounds)]))
-        flags = train.complete(flags, release) | {"amp": train.has_bfloat16(DEVICE), "cache": str(folder)}
+        flags, *_ = train.settle(train.parse(["--device", DEVICE.type, "--epochs", str(2 * rounds)]))
+        train.complete(flags, release, DEVICE)
         pixels = torch.from_numpy(data.load(release, flags["image_size"], folder)).to(DEVICE)
         network = model.make(flags, model.SPC_CLASSES).to(DEVICE).train()
         pair = data.augment(pixels[:24], torch.Generator())

@@ -179,7 +179,7 @@ def test_temperature_and_calibration_error():
 
 @pytest.fixture
 def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("last.pt"))  # large, and not needed
 
 
 def test_tables_are_repeated_from_the_runs_files_alone(run, capsys):
@@ -187,7 +187,7 @@ def test_tables_are_repeated_from_the_runs_files_alone(run, capsys):
     capsys.readouterr()
     evaluate.main([str(run)])
     first = capsys.readouterr().out
-    (run / "model.pt").unlink(), (run / "last.pt").unlink(), (run / "results.json").unlink()
+    (run / "model.pt").unlink(), (run / "results.json").unlink()
     evaluate.main([str(run)])
     assert capsys.readouterr().out == first and (run / "results.json").read_text() == expected
     assert files <= {path.name for path in run.iterdir()}
@@ -439,6 +439,17 @@ def test_damaged_model_is_named(run):
     (run / "model.pt").write_bytes((run / "model.pt").read_bytes()[:1000])
     with pytest.raises(RunError, match="model.pt is damaged"):
         evaluate.main([str(run), "--clinical", "x.jpg"])
+
+
+def test_flags_that_would_show_nothing_are_refused(run, release):
+    photo = str(release / "images" / "derm0050.jpg")
+    with pytest.raises(RunError, match="--point shows the attention between two photos"):
+        evaluate.main([str(run), "--dermoscopy", photo, "--point", "0.5", "0.5", "--device", "cpu"])
+    results = json.loads((run / "results.json").read_text())
+    for branch in results["test"].values():
+        branch["accuracy"] = {"DIAG": 0.5}
+    with pytest.raises(RunError, match="--compare-paper: the figures are of the Seven-Point Checklist"):
+        evaluate.print_tables(results, compare=True)
 
 
 def test_other_tasks_are_refused(run, tmp_path):
