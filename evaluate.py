@@ -1,832 +1,475 @@
 """Evaluate: a run's predictions become the paper's tables, honest statistics, and an answer for one lesion.
 
-    python evaluate.py RUN                        tables and pictures of a run, from the files in its folder alone
-    python evaluate.py RUN --data PATH            predict again first, from model.pt and the photos; --tta: in six views
-    python evaluate.py RUN RUN ...                mean and standard deviation; other flags than the seed side by side
-    python evaluate.py RUN --against OTHER        is the difference more than chance?
-    python evaluate.py RUN --compare-paper        the figures of the PEMM paper beside ours
-    python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg       one lesion; with one photo, or two folders, too
+    python evaluate.py RUN                    the tables of a run, from the files in its folder
+    python evaluate.py RUN --data NEW         the same for all lesions of a release that the run has not learned from
+    python evaluate.py RUN RUN ...            mean and standard deviation; other flags than the seed side by side
+    python evaluate.py RUN --against OTHER    is the difference more than chance?
+    python evaluate.py RUN --compare-paper    the figures of the PEMM paper beside ours
+    python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg        one lesion; one photo will do
 
-`train.py` ends with the first, so a finished run has predictions.csv, a row per case and class with the probability of each
-branch, and results.json. Every number is computed from those probabilities; the test split decides nothing.
-
-Shapes: N lesions, T tasks, K classes of all tasks together, R resamples. Where a dict has the branches of a run, the last one
-is its answer: "fused", or the only branch.
+Every number comes from predictions.csv: a row a lesion, the probabilities of each branch. Several branches are joined
+as "equal", the mean of their logits, and "weighted", with weights found on the validation split: the run's answer.
+Shapes: N lesions, T tasks, n_t classes of task t, K classes of all tasks together, R resamples.
 """
 import argparse
 import csv
 import io
 import json
-import sys
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
+from scipy import optimize, special
+from sklearn import metrics
+from torchvision.transforms.functional import gaussian_blur
 
 import data
 import model
+from loss import branch_loss
 
-STEP = 20  # the grid of fusion weights: multiples of 1/20 (ours: 203 validation cases cannot tell finer)
-RESAMPLES = 1000  # ours: of the bootstrap
-BINS = 15  # ours: of the calibration error
-MEANS = {"mean_auc": "AUC", "mean_accuracy": "accuracy", "mean_ap": "AP", "mean_macro_f1": "macro F1",
-         "mean_balanced_accuracy": "bal. acc.", "mean_malignant_auc": "malignant AUC"}
+STEPS = 20  # branch weights are multiples of 1/20 (ours: 203 validation cases cannot tell finer)
+RESAMPLES = 1000  # of the bootstrap (ours)
+MEANS = {"mean_auc": "AUC", "mean_accuracy": "accuracy", "mean_macro_f1": "macro F1"}
+# The paper's PEMM, %: Tables 1 and 2, means last. These are its best runs; the mean of five is 87.1 and 76.8 (Table 5).
+PAPER = {
+    "auc": [94.7, 93.0, 90.8, 94.9, 91.7, 86.7, 83.8, 90.1, 84.4, 79.4, 86.1, 84.9, 80.7, 84.0, 93.9, 88.5, 85.4, 87.6],
+    "accuracy": [77.7, 73.7, 76.0, 71.9, 83.0, 65.6, 88.9, 82.5, 77.4]}
+# Table 4, corrected: class -> test positives, true and false positives. As printed no confusion matrix fits; all eight
+# do if PRE and SEN change places and SPE is the negative predictive value. So "sensitivity 64.1" is a precision.
+PAPER_TABLE_4 = {"DIAG/MEL": (101, 66, 24), "PN/ATP": (93, 53, 32), "STR/IR": (94, 49, 36), "PIG/IR": (124, 80, 37),
+                 "RS/PRS": (106, 56, 17), "DaG/IR": (177, 138, 56), "BWV/PRS": (75, 55, 24), "VS/IR": (30, 5, 10)}
 
-# The paper's PEMM, % (Table 1, in the order of its columns; Table 2, in the order of our tasks; their means last). Both are
-# the best of its runs; the mean of five is 87.1 and 76.8 (Table 5).
-PAPER = {"auc": (94.7, 93.0, 90.8, 94.9, 91.7, 86.7, 83.8, 90.1, 84.4, 79.4, 86.1, 84.9, 80.7, 84.0, 93.9, 88.5, 85.4, 87.6),
-         "accuracy": (77.7, 73.7, 76.0, 71.9, 83.0, 65.6, 88.9, 82.5, 77.4)}
-# Table 4's PEMM rows, corrected. With the true test positives no confusion matrix gives the printed columns as labelled; all
-# eight fit if PRE and SEN change places and SPE is the negative predictive value. class -> (positives, TP, FP, AUC).
-PAPER_TABLE_4 = {"DIAG/MEL": (101, 66, 24, 90.9), "PN/ATP": (93, 53, 32, 83.8), "STR/IR": (94, 49, 36, 84.4),
-                 "PIG/IR": (124, 80, 37, 86.1), "RS/PRS": (106, 56, 17, 84.9), "DaG/IR": (177, 138, 56, 84.0),
-                 "BWV/PRS": (75, 55, 24, 93.9), "VS/IR": (30, 5, 10, 85.4)}
-TABLE_4_REMARK = """In the paper PRE and SEN of these rows are exchanged and SPE is the negative predictive value: only so do integer
-confusion matrices fit. Its 'sensitivity 64.1' is a precision; the sensitivity is 57.5."""
+class RunError(ValueError):
+    """A run's folder that cannot be used. The message says why and what to do."""
 
+# N lesions. tasks: task -> class names; cases (N,); split (N,): "valid" or "test"; labels (N, T): -1 unknown; metadata:
+# column -> (N,) strings; branches: branch -> probabilities (N, K), the tasks side by side.
+Predictions = namedtuple("Predictions", "tasks cases split labels metadata branches")
 
-class RunError(RuntimeError):
-    """A run's folder that cannot be used; the message says why and what to do."""
-
-
-def find_device(name=None):
-    """cuda, else mps, else cpu, or the one that is named. Raises RunError if it does not work."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if name.startswith("cuda:"):
-        torch.cuda.set_device(name)  # the random state that train.py saves is that of the current device
-    return torch.device(name)
-
-
-# ----------------------------------------------------------------------------------------------------------- predictions
-
-# Test-time augmentation of the authors' earlier code: as it is, three flips, two quarter turns of (B, 2, S, S, 3).
-VIEWS = (lambda x: x, lambda x: x.flip(3), lambda x: x.flip(2), lambda x: x.flip(2, 3),
-         lambda x: x.rot90(1, (2, 3)), lambda x: x.rot90(-1, (2, 3)))
-
+def part(p, split):
+    rows = p.split == split
+    return {branch: values[rows] for branch, values in p.branches.items()}, p.labels[rows]
 
 @torch.inference_mode()
-def predict(network, pixels, rows, device, amp, tta=False, batch_size=48):
-    """Probabilities of lesions `rows` of `pixels`: a dict branch -> (N, K) float64, the tasks side by side.
-
-    tta   the mean of the log-probabilities over VIEWS
-    """
+def predict(network, pixels, views, device, amp, batch_size=48):
+    """Probabilities of lesions whose photos are `pixels`, (N, V, S, S, 3): branch -> (N, K) float64."""
     network.eval()
-    views, found = VIEWS if tta else VIEWS[:1], {}
-    for part in torch.as_tensor(rows).split(batch_size):
-        photos = pixels[part.to(pixels.device)].to(device)
+    found = defaultdict(list)
+    for part in torch.as_tensor(pixels).split(batch_size):
+        inputs = data.as_inputs(part.to(device), views)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            seen = [network(*data.normalise(view(photos))) for view in views]
-        for branch, *logits in zip(model.BRANCHES, *seen):
-            if logits[0] is not None:
-                # T x (views, B, n_t), on the CPU because mps has no float64
-                tasks = [torch.stack(task).float().cpu().double() for task in zip(*logits)]
-                found.setdefault(branch, []).append(torch.cat([z.log_softmax(-1).mean(0).softmax(-1) for z in tasks], 1))
+            outputs = network(*(inputs[name] for name in network.reads))
+        for branch, logits in outputs.items():
+            found[branch].append(torch.cat([z.float().cpu().double().softmax(1) for z in logits], 1))
     return {branch: torch.cat(parts).numpy() for branch, parts in found.items()}
 
-
-def last(branches):
-    return list(branches.values())[-1]
-
-
-def logs(probabilities):
-    return np.log(np.maximum(probabilities, 1e-300))
-
-
 def by_task(values, tasks):
-    """(..., K) -> one (..., n_t) array a task."""
-    return np.split(values, np.cumsum([len(classes) for classes in tasks.values()])[:-1], -1)
+    """(N, K) -> one (N, n_t) array a task."""
+    ends = np.cumsum([len(classes) for classes in tasks.values()])
+    return np.split(values, ends[:-1], 1)
 
+def fuse(branches, weights, tasks, temperature=1.0):
+    """Probabilities (N, K) of the branches' mean logits, weighted as in FusionM4Net, over the temperature."""
+    logits = sum(weights[branch] * np.log(np.maximum(values, 1e-300)) for branch, values in branches.items())
+    return np.concatenate([special.softmax(z / temperature, 1) for z in by_task(logits, tasks)], 1)
 
-def known(values, labels, tasks):
-    """Of the n lesions whose label is known, per task: their part of (..., N, K) values, (..., n, n_t); their labels; their rows."""
-    for part, truth in zip(by_task(values, tasks), labels.T):
-        yield part[..., truth >= 0, :], truth[truth >= 0], truth >= 0
+def hits(probabilities, labels, tasks):
+    """(N, T): is the likeliest class the true one? Masked where the label is unknown, so that means leave it out."""
+    likeliest = np.stack([part.argmax(1) for part in by_task(probabilities, tasks)], 1)
+    return np.ma.masked_array(likeliest == labels, labels < 0)
 
+def search_weights(branches, labels, tasks, rule="near"):
+    """A weight for each branch, the same for all tasks (paper, Sec. 4.1): the triple of the highest mean accuracy; of
+    several the one nearest to equal weights. That is the rule "maximum"; "near", ours, takes all within one standard
+    error of the highest for several, because a few validation lesions cannot tell them apart."""
+    if list(branches) != ["clinical", "dermoscopy", "fusion"]:
+        return dict.fromkeys(branches, 1 / len(branches))
+    triples = np.array([(c, d, STEPS - c - d) for c in range(STEPS + 1) for d in range(STEPS + 1 - c)]) / STEPS
+    found = [hits(fuse(branches, dict(zip(branches, triple)), tasks), labels, tasks) for triple in triples]
+    accuracy = np.array([hit.mean(0).mean() for hit in found]).round(9)
+    distance = ((triples - 1 / 3) ** 2).sum(1).round(9)
+    best = np.where(accuracy == accuracy.max(), distance, np.inf).argmin()
+    if rule == "near":
+        error = found[best].mean(1).std() / len(labels) ** 0.5
+        best = np.where(accuracy >= accuracy.max() - error, distance, np.inf).argmin()
+    return dict(zip(branches, triples[best].tolist()))
 
-def softmax(logits, tasks):
-    parts = [np.exp(part - part.max(-1, keepdims=True)) for part in by_task(logits, tasks)]
-    return np.concatenate([part / part.sum(-1, keepdims=True) for part in parts], -1)
+def decide(p, rule="near"):
+    """From the validation split alone: the weights, and the temperature of lowest cross-entropy (Guo et al. 2017)."""
+    branches, labels = part(p, "valid")
+    weights = search_weights(branches, labels, p.tasks, rule)
+    def cross_entropy(log_t):
+        fused = by_task(fuse(branches, weights, p.tasks, np.exp(log_t)), p.tasks)
+        return branch_loss([torch.from_numpy(task).log() for task in fused], torch.from_numpy(labels)).item()
+    log_t = optimize.minimize_scalar(cross_entropy, bounds=np.log((0.01, 100))).x
+    return {"weights": weights, "temperature": float(np.exp(log_t))}
 
+# ----------------------------------------------------------------------------------------------- metrics and statistics
 
-def fuse(branches, weights, tasks):
-    """Probabilities of the weighted average of the three branches' logits, as in FusionM4Net: (N, K).
+def each_task(probabilities, labels, tasks):
+    """For each task with labels: its name, who has one (N,), their scores (n, n_t) and classes (n,), and its columns of
+    Table 1, class number -> "task/class": no "absent", not the first of two, not what nobody or everybody has."""
+    for t, (task, classes) in enumerate(tasks.items()):
+        known = labels[:, t] >= 0
+        truth = labels[known, t]
+        columns = {k: f"{task}/{name}" for k, name in enumerate(classes) if 0 < (truth == k).sum() < len(truth)
+                   and name != "absent" and (k > 0 or len(classes) > 2)}
+        if known.any():
+            yield task, known, by_task(probabilities, tasks)[t][known], truth, columns
 
-    Log-probabilities are logits up to a constant per task, which the softmax takes out again.
-    """
-    return softmax(sum(weight * logs(branches[branch]) for branch, weight in weights.items()), tasks)
-
-
-def search_weights(branches, labels, tasks):
-    """The weights (clinical, dermoscopy, fusion) >= 0, sum 1, of the highest mean accuracy, on the whole grid of the simplex.
-
-    One triple for all tasks (paper, Sec. 4.1, following FusionM4Net). Of equally accurate triples the one nearest to equal
-    weights is taken, then the first in the order of the grid. Give it the validation split only.
-    """
-    if len(branches) == 1:
-        return {branch: 1.0 for branch in branches}
-    grid = np.array([(c, d, STEP - c - d) for c in range(STEP + 1) for d in range(STEP + 1 - c)]) / STEP
-    accuracy = np.zeros(len(grid))
-    for part, truth, _ in known(np.stack([logs(branches[branch]) for branch in model.BRANCHES]), labels, tasks):
-        mixed = np.tensordot(grid, part, 1)  # (grid, n, n_t)
-        accuracy += (mixed.argmax(-1) == truth).mean(-1) if len(truth) else 0
-    distance = ((grid - 1 / 3) ** 2).sum(1)
-    best = np.lexsort((distance.round(12), -accuracy.round(12)))[0]  # a stable sort
-    return dict(zip(model.BRANCHES, grid[best].tolist()))
-
-
-# --------------------------------------------------------------------------------------------------------------- metrics
-# Each metric takes weights (R, N), how often a lesion counts in each resample, and gives R values; ones give the plain one.
-
-
-def ratio(a, b):
-    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b != 0)
-
-
-def nanmean(values):
-    """Mean over the last axis of what is not NaN."""
-    there = ~np.isnan(values)
-    return ratio(np.where(there, values, 0).sum(-1), there.sum(-1))
-
-
-def tied(scores, positive, weights):
-    """Weight of the positives and of the negatives at each distinct score, from the lowest: (R, G) twice."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
-    positive, weights = positive[order], weights[:, order]
-    return np.add.reduceat(weights * positive, starts, 1), np.add.reduceat(weights * ~positive, starts, 1)
-
-
-def auc(scores, positive, weights):
-    """Area under the ROC curve: the share of pairs in which the positive has the higher score, ties counting half."""
-    at, negative = tied(scores, positive, weights)
-    below = negative.cumsum(1) - negative
-    return ratio((at * (below + negative / 2)).sum(1), at.sum(1) * negative.sum(1))
-
-
-def average_precision(scores, positive, weights):
-    """Sum over thresholds of precision times the step in recall (Table 9's AP)."""
-    at, negative = (each[:, ::-1] for each in tied(scores, positive, weights))
-    precision = ratio(at.cumsum(1), (at + negative).cumsum(1))
-    return ratio(np.nansum(at * precision, 1), at.sum(1))
-
-
-def confusion(predicted, truth, classes, weights):
-    """Confusion matrices (R, truth, predicted)."""
-    cell = np.eye(classes ** 2)[truth * classes + predicted]  # (N, classes^2)
-    return (weights @ cell).reshape(-1, classes, classes)
-
-
-def columns(task, classes):
-    """(class number, "task/class") of a task's columns in Table 1: all classes but "absent", or but the first of two."""
-    return [(k, f"{task}/{name}") for k, name in enumerate(classes) if name != "absent" and (k > 0 or len(classes) > 2)]
-
-
-def measure(probabilities, labels, tasks, weights):
-    """All metrics of (N, K) probabilities against (N, T) labels: a dict of name -> {column: R values}, and of their mean ->
-    R values. A class that is absent from a resample has no AUC there and is left out of that mean.
-    """
-    if not np.isfinite(probabilities).all():
-        raise RunError("predictions are not finite")
+def measure(probabilities, labels, tasks):
+    """scikit-learn's metrics: name -> {column: value}, and "mean_name" -> the mean over its columns."""
     found = defaultdict(dict)
-    for (task, classes), (part, truth, rows) in zip(tasks.items(), known(probabilities, labels, tasks)):
-        weight = weights[:, rows]
-        matrix = confusion(part.argmax(1), truth, len(classes), weight)
-        hit, cases, predicted = np.diagonal(matrix, axis1=1, axis2=2), matrix.sum(2), matrix.sum(1)  # (R, n_t)
-        everyone = cases.sum(1, keepdims=True)
-        found["accuracy"][task] = ratio(hit.sum(1), everyone[:, 0])
-        found["balanced_accuracy"][task] = nanmean(ratio(hit, cases))
-        found["macro_f1"][task] = nanmean(ratio(2 * hit, cases + predicted))
-        rates = {"precision": np.nan_to_num(ratio(hit, predicted)), "sensitivity": ratio(hit, cases),
-                 "specificity": 1 - ratio(predicted - hit, everyone - cases)}
-        for k, column in columns(task, classes):
-            found["auc"][column] = auc(part[:, k], truth == k, weight)
-            found["ap"][column] = average_precision(part[:, k], truth == k, weight)
-            for name, rate in rates.items():
-                found[name][column] = rate[:, k]
-    if tasks == {"DIAG": data.MILK10K}:
-        malignant = np.isin(data.MILK10K, data.MALIGNANT)
-        found["malignant_auc"]["malignant"] = auc(probabilities[:, malignant].sum(1), malignant[labels[:, 0]], weights)
-    return found | {f"mean_{name}": nanmean(np.stack(list(values.values()), 1)) for name, values in found.items()}
+    for task, _, scores, truth, columns in each_task(probabilities, labels, tasks):
+        predicted = scores.argmax(1)
+        found["accuracy"][task] = metrics.accuracy_score(truth, predicted)
+        found["macro_f1"][task] = metrics.f1_score(truth, predicted, average="macro", zero_division=0)
+        for k, column in columns.items():
+            found["auc"][column] = metrics.roc_auc_score(truth == k, scores[:, k])
+            found["precision"][column] = metrics.precision_score(truth == k, predicted == k, zero_division=0)
+            found["sensitivity"][column] = metrics.recall_score(truth == k, predicted == k)
+            found["specificity"][column] = metrics.recall_score(truth != k, predicted != k)
+    return dict(found) | {f"mean_{name}": float(np.mean(list(each.values()))) for name, each in found.items()}
 
+def resamples(labels):
+    """How often each lesion counts, (1 + R, N): first once, then as drawn, always the same, so that runs can be paired.
+    With one task they are drawn within classes: a mean that lacks a class in some resamples would lean to one side."""
+    rng, counts = np.random.default_rng(0), np.ones((1 + RESAMPLES, len(labels)))
+    strata = [np.arange(len(labels))]
+    if labels.shape[1] == 1:
+        strata = [np.flatnonzero(labels[:, 0] == k) for k in np.unique(labels)]
+    for rows in strata:
+        counts[1:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), RESAMPLES)
+    return counts
 
-# ------------------------------------------------------------------------------------------------------------ statistics
+def resampled_auc(scores, positive, counts):
+    """AUC in each resample: the share of pairs in which the positive has the higher score, ties counting half."""
+    wins = np.heaviside(scores[positive][:, None] - scores[~positive], 0.5)
+    p, n = counts[:, positive], counts[:, ~positive]
+    return np.ma.divide(((p @ wins) * n).sum(1), p.sum(1) * n.sum(1))  # masked where there is no pair
 
+def bootstrap(probabilities, labels, tasks):
+    """AUC and accuracy of each column in each resample, masked where it lacks the class: mean -> (columns, 1 + R)."""
+    found, counts = defaultdict(list), resamples(labels)
+    for _, known, scores, truth, columns in each_task(probabilities, labels, tasks):
+        count = counts[:, known]
+        found["mean_accuracy"].append(np.ma.divide(count @ (scores.argmax(1) == truth), count.sum(1)))
+        for k in columns:
+            found["mean_auc"].append(resampled_auc(scores[:, k], truth == k, count))
+    return {name: np.ma.stack(values) for name, values in found.items()}
 
-def plain(probabilities, labels, tasks):
-    """measure() of the lesions as they are, for a JSON file: numbers in place of R = 1 values, None in place of NaN."""
-    number = lambda value: None if np.isnan(value[0]) else float(value[0])
-    return {name: {column: number(each) for column, each in value.items()} if isinstance(value, dict) else number(value)
-            for name, value in measure(probabilities, labels, tasks, np.ones((1, len(labels)))).items()}
-
-
-def resamples(n):
-    """Bootstrap over lesions: how often each of n counts in each resample, (R, n). Always the same, so runs can be paired."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
-
-
-def interval(values):
-    return [None, None] if np.isnan(values).all() else np.nanpercentile(values, (2.5, 97.5)).tolist()
-
-
-def intervals(probabilities, labels, tasks):
-    """95% bootstrap interval of every mean: name -> [low, high]."""
-    found = measure(probabilities, labels, tasks, resamples(len(labels)))
-    return {name: interval(values) for name, values in found.items() if name.startswith("mean_")}
-
-
-def find_temperature(probabilities, labels, tasks):
-    """T of softmax(logits / T) with the lowest cross-entropy over all known labels, 1 if none is known. Give it the validation
-    split only."""
-    if not (labels >= 0).any():
-        return 1.0
-    grid = np.geomspace(0.2, 5, 161)
-    sharpened = logs(softmax(logs(probabilities) / grid[:, None, None], tasks))  # (grid, N, K)
-    likelihood = sum(part[:, np.arange(len(truth)), truth].sum(1) for part, truth, _ in known(sharpened, labels, tasks))
-    return float(grid[likelihood.argmax()])
-
-
-def reliability(probabilities, labels, tasks):
-    """Confidence and correctness of every prediction, all tasks pooled: per bin (count, mean confidence, share correct)."""
-    pairs = [(part.max(1), part.argmax(1) == truth) for part, truth, _ in known(probabilities, labels, tasks)]
-    confidence, correct = map(np.concatenate, zip(*pairs))
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    bins = [place == b for b in np.unique(place)]
-    return [[int(b.sum()), float(confidence[b].mean()), float(correct[b].mean())] for b in bins]
-
-
-def calibration_error(bins):
-    """Expected calibration error: mean distance between confidence and accuracy, weighted by the bins' counts."""
-    return sum(n * abs(c - a) for n, c, a in bins) / max(1, sum(n for n, _, _ in bins))
-
-
-def subgroups(p):
-    """Means of a run's answer for each value of each column of metadata; ages in bands of 20 years."""
-    found = {}
-    for column, values in p.metadata.items():
-        groups = defaultdict(list)
-        for n, value in enumerate(values):
-            if column.startswith("age") and value.replace(".", "", 1).isdigit():
-                low = int(float(value)) // 20 * 20
-                value = f"{low} to {low + 19}"
-            groups[value or "not given"].append(n)
-        for value, rows in sorted(groups.items()) if 1 < len(groups) <= 20 else ():
-            part = plain(last(p.branches)[rows], p.labels[rows], p.tasks)
-            there = sum(each is not None for each in part["auc"].values())  # classes with cases and others
-            found[f"{column} {value}"] = {"lesions": len(rows), "columns": there} | {
-                name: part[name] for name in ("mean_auc", "mean_accuracy", "mean_malignant_auc") if name in part}
-    return found
-
-
-def same_lesions(p, other):
-    """Whether two runs have the same tasks and test lesions, in the same order and with the same labels."""
-    a, b = p.part("test"), other.part("test")
-    return list(a.tasks.items()) == list(b.tasks.items()) and a.cases == b.cases and np.array_equal(a.labels, b.labels)
-
+def interval(columns):
+    return np.percentile(columns[:, 1:].mean(0).compressed(), (2.5, 97.5)).tolist()  # the middle 95% of the mean
 
 def difference(p, other):
-    """Paired bootstrap of two runs on the same test lesions: name -> (difference, [low, high], share of resamples above 0)."""
-    if not same_lesions(p, other):
-        raise RunError("the two runs have different tasks or test lesions; their difference would mean nothing")
-    found, p, other = {}, p.part("test"), other.part("test")
-    weights = np.vstack((np.ones(len(p.labels)), resamples(len(p.labels))))  # the lesions as they are, then resampled
-    ours, theirs = (measure(last(each.branches), p.labels, p.tasks, weights) for each in (p, other))
-    for name in MEANS:
-        if name in ours and not np.isnan(ours[name][0]):
-            gap, *gaps = ours[name] - theirs[name]
-            found[name] = float(gap), interval(gaps), float(np.mean(np.array(gaps) > 0))
-    return found
+    """Paired bootstrap of two runs' answers on the same test lesions: mean -> [difference, low, high]."""
+    (ours, labels), (theirs, _) = part(p, "test"), part(other, "test")
+    found = [bootstrap(list(each.values())[-1], labels, p.tasks) for each in (ours, theirs)]
+    gaps = {name: found[0][name] - found[1][name] for name in found[0]}
+    return {name: [float(gap[:, 0].mean()), *interval(gap)] for name, gap in gaps.items()}
 
+def calibration_error(probabilities, labels, tasks):
+    """Expected calibration error, all tasks pooled: per bin of confidence its distance from accuracy, by count."""
+    confidence = np.stack([part.max(1) for part in by_task(probabilities, tasks)], 1)[labels >= 0]
+    correct = hits(probabilities, labels, tasks).compressed()
+    bins = np.minimum(confidence * 15, 14).astype(int)  # 15 bins (ours)
+    return float(np.abs(np.bincount(bins, confidence - correct)).sum() / len(bins))
 
-# ----------------------------------------------------------------------------------------------------------- a run's files
+def subgroups(p):
+    """The answer's test metrics for each value of each column of metadata; ages in bands of 20 years."""
+    groups, answer = defaultdict(list), list(p.branches.values())[-1]
+    for column, texts in p.metadata.items():
+        for n in np.flatnonzero(p.split == "test"):
+            text = texts[n] or "not given"
+            if column.startswith("age") and text.replace(".", "").isdecimal():
+                text = f"from {int(float(text)) // 20 * 20}"
+            groups[f"{column} {text}"].append(n)
+    return {group: {"lesions": len(rows)} | measure(answer[rows], p.labels[rows], p.tasks)
+            for group, rows in sorted(groups.items())}
 
-
-class Predictions(NamedTuple):
-    """The contents of predictions.csv: the validation and test lesions of a run."""
-    tasks: dict  # task -> its class names
-    cases: list  # N names
-    split: np.ndarray  # (N,) "valid" or "test"
-    labels: np.ndarray  # (N, T), -1 unknown
-    branches: dict  # branch -> (N, K) probabilities; the last one is the answer
-    metadata: dict  # column -> N strings
-
-    def part(self, split):
-        rows = np.flatnonzero(self.split == split)
-        pick = lambda values: [values[row] for row in rows]
-        return Predictions(self.tasks, pick(self.cases), self.split[rows], self.labels[rows],
-                           {branch: values[rows] for branch, values in self.branches.items()},
-                           {column: pick(values) for column, values in self.metadata.items()})
-
-
-def write_whole(path, text):
-    with data.whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def load_checkpoint(path, device):
-    """What train.py saved there, or None if there is no such file. Raises RunError if it is damaged."""
+def load_checkpoint(path, device="cpu"):
+    """What a .pt file holds: of a finished run's model.pt the weights, the flags, and the lesions of its release."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        return None
     except Exception as error:  # torch raises half a dozen types for a damaged file, none of them says which
-        raise RunError(f"{path} is damaged ({error}); remove it, and python train.py --resume {path.parent} "
-                       "does its work anew") from error
+        raise RunError(f"{path}: missing or damaged ({error}). Not finished? train.py --resume goes on") from error
 
-
-def load_run(run, device):
-    """The network of a finished run with its averaged weights, and what model.pt says of it."""
-    saved = load_checkpoint(Path(run) / "model.pt", device)
-    if saved is None:
-        raise RunError(f"{run}: no model.pt; is it a finished run? python train.py --resume {run} goes on with one")
-    saved["tasks"] = {task: tuple(classes) for task, classes in saved["tasks"].items()}
-    network = model.make(saved["flags"], [len(classes) for classes in saved["tasks"].values()]).to(device)
+def load_network(saved, device):
+    network = model.make(saved["flags"], [len(classes) for classes in saved["tasks"].values()]).to(device).eval()
     network.load_state_dict(saved["state"])
-    return network.eval(), saved
+    return network
 
+def write(path, text):
+    """Writes the whole file or none. Where nothing may be written that is said, and the tables are still printed."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with data.whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"WARNING: {path} is not written ({error.strerror})")
 
-def make_predictions(network, release, pixels, device, amp, tta=False):
-    """Predictions of the release's validation and test lesions, whose photos are `pixels`."""
-    rows = np.concatenate([release.rows("valid"), release.rows("test")])
-    return Predictions(release.tasks, [release.cases[row] for row in rows], release.split[rows], release.labels[rows],
-                       predict(network, pixels, rows, device, amp, tta),
-                       {column: [values[row] for row in rows] for column, values in release.metadata.items()})
+def column_names(branch, tasks):
+    return [f"{branch}/{task}/{name}" for task, classes in tasks.items() for name in classes]
 
-
-def predict_again(run, path, cache, device, tta):
-    """Predictions of the release at `path` with the network of the run, which must not have learned from its test lesions."""
-    network, saved = load_run(run, device)
-    flags, tasks = saved["flags"], saved["tasks"]
-    release = data.read(path, flags["binary"])
-    if list(release.tasks.items()) != list(tasks.items()):
-        raise RunError(f"{path} has the tasks {release.tasks}, but {run} learned {tasks}")
-    tested = np.flatnonzero(release.split != "train")
-    if seen := sum(not set(saved["trained"]).isdisjoint(release.files(row)) for row in tested):
-        raise RunError(f"{run} was trained on {seen} of the validation and test lesions of {path}; give it a column split, or "
-                       "evaluate on the release that it was trained with")
-    pixels = torch.from_numpy(data.load(release, flags["image_size"], cache))
-    return make_predictions(network, release, pixels, device, flags["amp"], tta)
-
-
-def write_predictions(path, p):
-    """A row per case and class: truth (1, 0 or empty), the probability of each branch, the case's metadata. Probabilities
-    are written with all their digits, so that reading gives the same bits."""
+def write_predictions(path, p, branches):
+    """A row a lesion: case, split, metadata, its classes, branch/task/class probabilities with all their digits."""
+    table = {"case": p.cases, "split": p.split} | p.metadata
+    for t, (task, classes) in enumerate(p.tasks.items()):
+        table[task] = np.array([*classes, ""])[p.labels[:, t]]  # -1, unknown, is the last one
+    for branch, values in branches.items():
+        table |= dict(zip(column_names(branch, p.tasks), values.T.tolist()))
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "split", "task", "class", "truth", *p.branches, *p.metadata])
-    classes = [(t, k, task, name) for t, (task, names) in enumerate(p.tasks.items()) for k, name in enumerate(names)]
-    for n, case in enumerate(p.cases):
-        for column, (t, k, task, name) in enumerate(classes):
-            truth = "" if p.labels[n, t] < 0 else int(p.labels[n, t] == k)
-            writer.writerow([case, p.split[n], task, name, truth,
-                             *(repr(float(values[n, column])) for values in p.branches.values()),
-                             *(values[n] for values in p.metadata.values())])
-    write_whole(path, text.getvalue())
+    csv.writer(text, lineterminator="\n").writerows([list(table), *zip(*table.values())])
+    write(path, text.getvalue())
 
-
-def read_predictions(path):
-    """What write_predictions wrote. Raises RunError if the file is missing or is not as it was written."""
+def read_predictions(run, saved, branches=None):
+    """The validation and test lesions that model.pt knows, with the probabilities of predictions.csv or with others."""
+    tested = np.array(saved["split"]) != "train"
+    cases, split, labels = (np.array(saved[name])[tested] for name in ("cases", "split", "labels"))
+    metadata = {column: np.array(texts)[tested] for column, texts in saved["metadata"].items()}
+    p = Predictions(saved["tasks"], cases, split, labels, metadata, branches or {})
+    if branches:
+        return p
+    path = Path(run) / "predictions.csv"
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        classes = [(row["task"], row["class"]) for row in rows]
-        K = next((n for n in range(1, len(rows)) if classes[n] == classes[0]), len(rows))
-        tasks = defaultdict(tuple)
-        for task, name in classes[:K]:
-            tasks[task] += (name,)
-        truth = np.array([row["truth"] for row in rows]).reshape(-1, K)
-        labels = np.stack([np.where((part == "1").any(1), (part == "1").argmax(1), -1) for part in by_task(truth, tasks)], 1)
-        branches = {name: np.array([float(row[name]) for row in rows]).reshape(-1, K)
-                    for name in (*model.BRANCHES, "fused") if name in rows[0]}
-        cases = rows[::K]
-    except FileNotFoundError as error:
-        if not (path.parent / "model.pt").exists():
-            raise RunError(f"{path.parent} is no finished run; if one was stopped there, python train.py --resume {path.parent}") from error
-        raise RunError(f"{path} is missing: evaluate.py RUN --data PATH predicts again from model.pt") from error
-    except (LookupError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is not as it was written ({error}): evaluate.py RUN --data PATH writes it anew") from error
-    return Predictions(dict(tasks), [row["case"] for row in cases], np.array([row["split"] for row in cases]), labels, branches,
-                       {name: [row[name] for row in cases] for name in list(rows[0])[5:] if name not in branches})
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        if sorted(row["case"] for row in rows) != sorted(cases):
+            raise ValueError(f"{len(rows)} rows, not one for each of {len(cases)} lesions")
+        by_case = {row["case"]: row for row in rows}
+        for branch in dict.fromkeys(name.split("/")[0] for name in rows[0] if "/" in name):
+            if branch not in ("equal", "weighted", "calibrated"):
+                names = column_names(branch, p.tasks)
+                p.branches[branch] = np.array([[float(by_case[case][name]) for name in names] for case in cases])
+    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
+        raise RunError(f"{path} is not as it was written ({error}); --data with the run's own data mends it") from error
+    return p
 
+def finish(folder, p, decided):
+    """Joins the branches, writes predictions.csv and, where labels are known, results.json; returns what it holds."""
+    network, weights = dict(p.branches), decided["weights"]
+    if len(network) > 1:
+        p.branches["equal"] = fuse(network, dict.fromkeys(network, 1 / len(network)), p.tasks)
+        p.branches["weighted"] = fuse(network, weights, p.tasks)
+    calibrated = fuse(network, weights, p.tasks, decided["temperature"])
+    write_predictions(folder / "predictions.csv", p, p.branches | {"calibrated": calibrated})
+    if (p.labels < 0).all():
+        return None
+    results = {"decided": decided}
+    for split in sorted(set(p.split)):
+        branches, labels = part(p, split)
+        results[split] = {branch: measure(values, labels, p.tasks) for branch, values in branches.items()}
+    test, (branches, labels) = p.split == "test", part(p, "test")
+    for branch, answer in branches.items():
+        resampled = bootstrap(answer, labels, p.tasks)
+        results["test"][branch]["intervals"] = {name: interval(columns) for name, columns in resampled.items()}
+    results["incomplete"] = max(int(np.ma.getmaskarray(columns).any(0).sum()) for columns in resampled.values())
+    results["calibration_error"] = [calibration_error(each, labels, p.tasks) for each in (answer, calibrated[test])]
+    results["subgroups"] = subgroups(p)
+    write(folder / "results.json", json.dumps(results, indent=1))
+    return results
 
-def evaluate_run(run, new=None, suffix=""):
-    """(results, Predictions) of a run, from its predictions.csv or from new predictions, which are then written there; writes
-    results.json. The suffix, "-tta" with test-time augmentation, is part of both names."""
-    table = Path(run) / f"predictions{suffix}.csv"
-    p = read_predictions(table) if new is None else new
-    if missing := {"valid", "test"} - set(p.split):
-        raise RunError(f"{table} is not as it was written (it has no lesion of {' and '.join(missing)}): "
-                       "evaluate.py RUN --data PATH writes it anew")
-    p.branches.pop("fused", None)
-    valid = p.part("valid")  # what is searched or fitted sees the validation split only
-    results = {"weights": search_weights(valid.branches, valid.labels, p.tasks)}
-    if len(p.branches) > 1:
-        p.branches["fused"] = fuse(p.branches, results["weights"], p.tasks)
-    results["temperature"] = {branch: find_temperature(values, valid.labels, p.tasks)
-                              for branch, values in p.part("valid").branches.items()}
-    if new is not None:
-        write_predictions(table, p)
-    for split in ("valid", "test"):
-        part = p.part(split)
-        results[split] = {branch: plain(values, part.labels, p.tasks) for branch, values in part.branches.items()}
-    for branch, values in part.branches.items():
-        results["test"][branch]["intervals"] = intervals(values, part.labels, p.tasks)
-    answer = last(part.branches)
-    fitted = softmax(logs(answer) / last(results["temperature"]), p.tasks)
-    results["calibration"] = {name: reliability(values, part.labels, p.tasks)
-                              for name, values in (("as it is", answer), ("fitted", fitted))}
-    results["subgroups"] = subgroups(part)
-    write_whole(Path(run) / f"results{suffix}.json", json.dumps(results, indent=1))
-    return results, p
+def evaluate_run(run, branches=None, rule="near"):
+    """(results, Predictions) of a run, from its predictions.csv or from new probabilities."""
+    p = read_predictions(run, load_checkpoint(Path(run) / "model.pt"), branches)
+    return finish(Path(run), p, decide(p, rule)), p
 
+def evaluate_new(run, path, cache, device, rule="near"):
+    """(results, Predictions) of the release at `path`. If it is the run's own, its validation and test lesions are
+    predicted again. Of any other, all that the run has not learned from are tested with its weights and temperature."""
+    saved = load_checkpoint(Path(run) / "model.pt", device)
+    network, flags, learned = load_network(saved, device), saved["flags"], np.array(saved["split"]) == "train"
+    release = data.read(path, flags["image_size"], cache, to_train=False)
+    if not set(network.reads) <= set(release.views):
+        raise RunError(f"{run} reads {' and '.join(network.reads)}; {path} has only {' and '.join(release.views)}")
+    if release.fingerprint == saved["release"]:
+        print(f"{path}: the run's own release. Its validation and test lesions are predicted again")
+        return evaluate_run(run, predict(network, release.pixels[~learned], release.views, device, flags["amp"]), rule)
+    by_name = np.isin(release.cases, np.array(saved["cases"])[learned])
+    by_photo = np.isin(release.digests, np.array(saved["digests"])[learned]).any(1)
+    new = ~by_name & ~by_photo
+    if not new.any():
+        raise RunError(f"{path}: the run has learned from every lesion")
+    labels, folder = labels_for(saved["tasks"], release)[new], Path(run) / Path(path).resolve().stem
+    print(f"{path}: {len(labels)} of {len(new)} lesions are tested, {(labels >= 0).any(1).sum()} labelled; the run has "
+          f"learned from {by_name.sum()} by name, {by_photo.sum()} by photo. Its weights and temperature. See {folder}")
+    metadata = {column: np.array(texts)[new] for column, texts in release.metadata.items()}
+    branches = predict(network, release.pixels[new], release.views, device, flags["amp"])
+    cases, split = np.array(release.cases)[new], np.full(len(labels), "test")
+    p = Predictions(saved["tasks"], cases, split, labels, metadata, branches)
+    return finish(folder, p, decide(read_predictions(run, saved), rule)), p
 
-# ---------------------------------------------------------------------------------------------------------------- tables
-
-
-def percent(value):
-    return value if isinstance(value, str) else "-" if value is None else f"{100 * value:.1f}"
-
-
-def print_table(title, columns, rows):
-    """Columns "task/class" get two lines of header, the task only where it changes; rows are (name, texts or shares of 1)."""
-    rows = [(name, list(map(percent, cells))) for name, cells in rows]
-    above, names = zip(*(column.split("/", 1) if "/" in column else ("", column) for column in columns))
-    tops = [top if n == 0 or above[n - 1] != top else "" for n, top in enumerate(above)]
-    widths = [max(map(len, (top, name, *(cells[n] for _, cells in rows)))) for n, (top, name) in enumerate(zip(tops, names))]
-    left = max(len(name) for name, _ in rows)
-    print(f"\n{title}")
-    for name, cells in ([("", tops)] if any(tops) else []) + [("", names), *rows]:
-        print(f"{name:{left}}" + "".join(f"  {text:>{width}}" for text, width in zip(cells, widths)).rstrip())
-
-
-def with_paper(name, ours, paper):
-    """A row, then the paper's (in %) and the difference."""
-    gaps = ["-" if value is None else f"{100 * value - each:+.1f}" for value, each in zip(ours, paper)]
-    return [(name, ours), ("paper", [each / 100 for each in paper]), ("difference", gaps)]
-
-
-def paper_table_4():
-    """Table 4's PEMM rows, corrected: metric -> eight shares of 100 and their mean. The test split has 395 cases."""
-    rows = {"auc": [auc for *_, auc in PAPER_TABLE_4.values()],
-            "precision": [100 * tp / (tp + fp) for _, tp, fp, _ in PAPER_TABLE_4.values()],
-            "sensitivity": [100 * tp / n for n, tp, _, _ in PAPER_TABLE_4.values()],
-            "specificity": [100 * (1 - fp / (395 - n)) for n, _, fp, _ in PAPER_TABLE_4.values()]}
-    return {name: [*values, sum(values) / 8] for name, values in rows.items()}
-
-
-def shown_means(found):
-    """The means to print: of several tasks AUC and accuracy, as in the paper."""
-    return [name for name in MEANS if name in found and (len(found["accuracy"]) == 1 or name in ("mean_auc", "mean_accuracy"))]
-
-
-def print_tables(results, compare=False):
-    test, answer = results["test"], last(results["test"])
-    name, spc = list(test)[-1], list(answer["accuracy"]) == list(data.SPC)
-    if compare and not spc:
-        raise RunError("--compare-paper: the figures are of the Seven-Point Checklist, and this run has other tasks")
-    if len(test) > 1:
-        print("weights of the fused prediction, searched on validation: " +
-              ", ".join(f"{branch} {weight:.2f}" for branch, weight in results["weights"].items()))
-    titles = {"auc": "Table 1: AUC, each class against the rest, test split (%)", "accuracy": "Table 2: accuracy (%)"}
-    for metric in titles if spc else ["auc"]:
-        rows = [(branch, [*found[metric].values(), found[f"mean_{metric}"]]) for branch, found in test.items()]
-        print_table(titles[metric], [*answer[metric], "mean"],
-                    rows[:-1] + with_paper(*rows[-1], PAPER[metric]) if compare else rows)
-    if spc:
-        rows = []
-        for metric, paper in paper_table_4().items():
-            ours = [answer[metric][column] for column in PAPER_TABLE_4]
-            ours.append(None if None in ours else sum(ours) / len(ours))
-            rows += with_paper(metric, ours, paper) if compare else [(metric, ours)]
-        print_table(f"Table 4: melanoma-related classes, {name} (%)", [*PAPER_TABLE_4, "mean"], rows)
-        if compare:
-            print(TABLE_4_REMARK)
-    means = shown_means(answer)
-    print_table("means with 95% bootstrap intervals over the test lesions (%)", [MEANS[mean] for mean in means], [
-        (branch, [f"{percent(found[mean])} ({' to '.join(map(percent, found['intervals'][mean]))})" for mean in means])
-        for branch, found in test.items()])
-    before, after = (100 * calibration_error(bins) for bins in results["calibration"].values())
-    print(f"\ncalibration error of {name}: {before:.1f}%; {after:.1f}% at the temperature {last(results['temperature']):.2f} "
-          "fitted on validation")
-    if groups := results["subgroups"]:
-        means = [mean for mean in MEANS if mean in last(groups)]
-        print_table(f"subgroups, {name} (%); a column without cases and others is not in the mean",
-                    ["lesions", "columns", *(MEANS[mean] for mean in means)],
-                    [(group, [str(each["lesions"]), str(each["columns"]), *(each[mean] for mean in means)])
-                     for group, each in groups.items()])
-
-
-def print_groups(runs, results):
-    """Mean and standard deviation over seeds of the runs' answers, a row for each setting of the other flags; returns their
-    values: setting -> mean -> a list."""
-    try:
-        flags = [json.loads((Path(run) / "args.json").read_text())["flags"] for run in runs]
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"several runs are grouped by the flags in their args.json, which cannot be read ({error})") from error
-    differ = [flag for flag in flags[0] if flag not in ("seed", "out", "cache", "device", "data")
-              and len({str(each.get(flag)) for each in flags}) > 1]
-    groups = defaultdict(list)
-    for each, result in zip(flags, results):
-        groups[", ".join(f"{flag} {each.get(flag)}" for flag in differ) or "all runs"].append(result["test"])
-
-    def cell(values):
-        values = [100 * value for value in values if value is not None]
-        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.1f}{spread}" if values else "-"
-
-    first = results[0]["test"]
-    means = shown_means(last(first))
-    values = {group: {mean: [last(test)[mean] for test in tests] for mean in means} for group, tests in groups.items()}
-    print_table("mean ± standard deviation over runs, test split (%)", ["runs", *(MEANS[mean] for mean in means)],
-                [(group, [str(len(groups[group])), *map(cell, each.values())]) for group, each in values.items()])
-    for metric in ("auc", "accuracy") if len(groups) == 1 else ():
-        print_table(f"{metric}, mean ± standard deviation (%)", [*last(first)[metric], "mean"], [
-            (branch, [*(cell([each["test"][branch][metric][column] for each in results]) for column in last(first)[metric]),
-                      cell([each["test"][branch][f"mean_{metric}"] for each in results])]) for branch in first])
-    return values
-
-
-# ------------------------------------------------------------------------------------------------------------ one lesion
-
-
-def answer(network, saved, results, clinical, dermoscopy, device):
-    """The photos of N lesions, (N, 2, S, S, 3), and a dict branch -> (N, K) probabilities, the last one calibrated: "fused", or
-    the only photo's branch. `clinical` and `dermoscopy` are lists of N paths; one of them may be empty."""
-    size, paths = saved["flags"]["image_size"], [*(clinical or dermoscopy), *(dermoscopy or clinical)]
-    photos = np.stack(list(data.in_threads(lambda path: data.decode(path, size), paths, "decoding photos")))
-    photos = photos.reshape(2, -1, *photos.shape[1:]).swapaxes(0, 1)
-    branches = predict(network, torch.from_numpy(photos), range(len(photos)), device, saved["flags"]["amp"])
-    if not (clinical and dermoscopy):
-        kind = "clinical" if clinical else "dermoscopy"
-        if kind not in branches:
-            raise RunError(f"this run learned from the {list(branches)[0]} photo only; give --{list(branches)[0]}")
-        branches = {kind: branches[kind]}
-    elif len(branches) > 1:
-        branches["fused"] = fuse(branches, results["weights"], saved["tasks"])
-    name = list(branches)[-1]
-    return photos, branches | {name: softmax(logs(branches[name]) / results["temperature"][name], saved["tasks"])}
-
-
-def print_answer(branches, tasks):
-    """Prints each task's classes and the branches that disagree; returns the number of each task's likeliest class."""
-    guesses = {branch: [int(part.argmax()) for part in by_task(values[0], tasks)] for branch, values in branches.items()}
-    labels = last(guesses)
-    for t, ((task, classes), part) in enumerate(zip(tasks.items(), by_task(last(branches)[0], tasks))):
-        shown = " ".join(f"{name} {100 * p:.0f}%" for name, p in zip(classes, part))
-        differ = ", ".join(f"{branch} {classes[guess[t]]}" for branch, guess in guesses.items() if guess[t] != labels[t])
-        print(f"{task:6} {classes[labels[t]]:10} {shown}" + f"   (but {differ})" * bool(differ))
-    if tasks.keys() >= data.SPC.keys():
-        score = data.seven_point_score(tasks, labels)
-        print(f"seven-point score of these criteria: {score} ({'3 or more: suspicious' if score >= 3 else 'less than 3'})")
+def labels_for(tasks, release):
+    """The release's labels (N, T) as classes of these tasks, matched by name; -1 where a task or class is not there."""
+    labels = np.full((len(release.cases), len(tasks)), -1)
+    for t, (task, classes) in enumerate(tasks.items()):
+        numbers = {data.same_text(f"{task}/{name}"): k for k, name in enumerate(classes)}
+        for s, (other, others) in enumerate(release.tasks.items()):
+            for k, name in enumerate(others):
+                number = numbers.get(data.same_text(f"{other}/{name}"), -1)
+                labels[(release.labels[:, s] == k) & (number >= 0), t] = number
     return labels
 
+# ------------------------------------------------------------------------------------------------- tables and an answer
 
-def look(network, photos, weights, labels, device, point):
-    """Where an answer comes from: a gradient map (S, S) of each of the photos (2, S, S, 3), and what a point of each reads.
+def print_table(title, header, rows):
+    """rows: name -> cells, of which fractions are printed as percents."""
+    left = max(map(len, [title, *rows]))
+    print("\n" + title.ljust(left) + "".join(name.rjust(12) for name in header))
+    for name, cells in rows.items():
+        texts = [f"{100 * cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        print(name.ljust(left) + "".join(text.rjust(12) for text in texts))
 
-    The map is the gradient of the summed log-probabilities of the predicted classes with respect to the pixels, its size
-    blurred. `weights` says how much of each branch is in the answer. The attention is that after the second stage (H/8), of
-    `point` (x, y from 0 to 1) or of each map's highest place.
-    """
-    inputs, seen = [photo.requires_grad_() for photo in data.normalise(torch.from_numpy(photos)[None].to(device))], []
-    attentions = list(getattr(network, "attentions", ()))[1:2]
-    hooks = [attention.register_forward_pre_hook(lambda module, maps: seen.extend(maps)) for attention in attentions]
-    outputs = network(*inputs)
-    for t, label in enumerate(labels):
-        z = sum(weight * getattr(outputs, branch)[t].log_softmax(1) for branch, weight in weights.items())
-        z.log_softmax(1)[0, label].backward(retain_graph=True)
-    for hook in hooks:
-        hook.remove()
-    maps, reads = [], []
-    for photo in inputs:
-        size = torch.zeros(photo.shape[-2:]) if photo.grad is None else photo.grad[0].abs().sum(0).cpu()
-        radius = len(size) // 32
-        maps.append(F.avg_pool2d(size[None], 2 * radius + 1, 1, radius, count_include_pad=False)[0].numpy())
-    for side, gradient in enumerate(maps if seen else ()):
-        x, y = point or (np.array(np.unravel_index(gradient.argmax(), gradient.shape))[::-1] / len(gradient))
-        H, W = seen[0].shape[2:]
-        with torch.no_grad():
-            read = attentions[0].weights_at(*seen, min(int(y * H), H - 1), min(int(x * W), W - 1))[side][0]
-        reads.append((read.float().cpu().numpy() * H * W, (x, y)))  # 1: as much as if it read every place alike
-    return maps, reads
+def print_tables(results, compare=False):
+    """Tables 1, 2 and 4 of the paper for the test split, and more; with `compare` the paper's PEMM beside ours."""
+    test, decided = results["test"], results["decided"]
+    answer, found = list(test.items())[-1]
+    titles = {"auc": "Table 1: AUC (%)", "accuracy": "Table 2: accuracy (%)", "macro_f1": "macro F1 (%)"}
+    for metric, title in titles.items():
+        header, mean = list(test), f"mean_{metric}"
+        rows = {column: [each[metric][column] for each in test.values()] for column in found.get(metric, [])}
+        rows["mean"] = [each.get(mean, "") for each in test.values()]
+        if compare and metric in PAPER:
+            header.append("paper")
+            for n, cells in enumerate(rows.values()):
+                cells.append(PAPER[metric][n] / 100)
+        if mean in found["intervals"]:
+            rows["95% from"] = [each["intervals"][mean][0] for each in test.values()]
+            rows["95% to"] = [each["intervals"][mean][1] for each in test.values()]
+        print_table(title, header, rows)
+    if set(PAPER_TABLE_4) <= set(found.get("auc", [])):
+        rates, rows = ["precision", "sensitivity", "specificity"], {}
+        for column, (positives, true, false) in PAPER_TABLE_4.items():
+            rows[column] = [found[rate][column] for rate in rates]
+            if compare:
+                rows[column + " paper"] = [true / (true + false), true / positives, 1 - false / (395 - positives)]
+        print_table(f"Table 4: {answer} (%)", rates, rows)
+    groups = results["subgroups"].items()
+    rows = {group: [each["lesions"], *(each.get(mean, "") for mean in MEANS)] for group, each in groups}
+    print_table(f"subgroups, {answer} (%)", ["lesions", *MEANS.values()], rows)
+    weights = [f"{branch} {weight:.2f}" for branch, weight in decided["weights"].items()]
+    before, after = results["calibration_error"]
+    print(f"{results['incomplete']} of {RESAMPLES} resamples lack a class; their mean AUC is without it\n"
+          f"found on validation: weights {', '.join(weights)}; temperature {decided['temperature']:.2f} (0.01 to 100)\n"
+          f"calibration error of {answer} {100 * before:.1f}%, at this temperature {100 * after:.1f}%")
 
+def print_groups(saved, results):
+    """Mean and standard deviation of the runs' answers, a row for each setting of the flags that make a method."""
+    groups, rows = defaultdict(list), {}
+    for each, result in zip(saved, results):
+        setting = [f"{flag} {value}" for flag, value in each["flags"].items()
+                   if flag not in ("seed", "out", "resume", "data", "cache", "device")
+                   and any(other["flags"].get(flag) != value for other in saved)]
+        found = list(result["test"].values())[-1]
+        groups[", ".join(setting) or "all runs"].append([100 * found.get(name, np.nan) for name in MEANS])
+    for setting, values in groups.items():
+        deviation = np.std(values, 0, ddof=min(1, len(values) - 1))
+        rows[setting] = [len(values), *map("{:.1f} ± {:.1f}".format, np.mean(values, 0), deviation)]
+    print_table("mean ± standard deviation (%)", ["runs", *MEANS.values()], rows)
 
-def draw_answer(panels, probabilities, tasks, labels):
-    """The picture of one lesion, 1,200 pixels wide: panels (photo, title, heat from 0 to 1, mark) and the predicted classes."""
-    side, gap, caption, line, font = 288, 10, 26, 21, ImageFont.load_default(15)
-    first, second = (12 + max(map(font.getlength, names)) for names in (tasks, sum(tasks.values(), ())))
-    bars = line * sum(map(len, tasks.values())) + 6 * len(tasks) + gap
-    sheet = Image.new("RGB", (1200, 2 * gap + side + caption + max(side + caption + gap, bars)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for n, (photo, title, heat, mark) in enumerate(panels):
-        image = Image.fromarray(photo).resize((side, side), Image.BICUBIC)
-        left, top = gap + n % 4 * (side + gap), gap + n // 4 * (side + caption + gap)
-        if heat is not None:
-            m = np.asarray(Image.fromarray(heat).resize((side, side), Image.BICUBIC)).clip(0, 1)[..., None]
-            glow = np.concatenate((np.full_like(m, 255), 230 * m ** 2, np.zeros_like(m)), 2)
-            image = Image.fromarray((np.asarray(image) * (1 - 0.75 * m) + glow * 0.75 * m).astype(np.uint8))
-        sheet.paste(image, (left, top))
-        draw.text((left, top + side + 3), title, "black", font)
-        if mark is not None:
-            draw.circle((left + mark[0] * side, top + mark[1] * side), 7, outline=(0, 255, 255), width=3)
-    y, left = gap + side + caption + gap, 2 * (side + gap) + gap
-    for (task, classes), part, label in zip(tasks.items(), by_task(probabilities[0], tasks), labels):
-        draw.text((left, y), task, "black", font)
-        for k, (name, value) in enumerate(zip(classes, part)):
-            colour = (200, 30, 30) if k == label else (110, 110, 110)
-            start = left + first + second
-            end = start + (1140 - start) * value
-            draw.text((left + first, y), name, colour, font)
-            draw.rectangle((start, y + 3, end, y + 15), fill=colour)
-            draw.text((end + 8, y), f"{100 * value:.0f}%", colour, font)
-            y += line
-        y += 6
-    return sheet
+def one_lesion(run, paths, device, rule="near"):
+    """Prints the answer for the photos `paths`, view -> path, and returns it: task -> {class: probability}. In the
+    picture each is followed by what counts in it, the blurred size of the gradient of the answer's log-probability,
+    and by what the place that counts most reads by attention after the second stage."""
+    saved = load_checkpoint(Path(run) / "model.pt", device)
+    network, decided = load_network(saved, device), decide(read_predictions(run, saved), rule)
+    weights, size = decided["weights"], saved["flags"]["image_size"]
+    photos = {view: data.decode(Path(path), size) for view, path in paths.items()}
+    used = [view for view in network.reads if view in photos]
+    if not used:
+        raise RunError(f"{run} needs the {' and the '.join(network.reads)} photo")
+    if len(photos) == 2 and np.array_equal(*photos.values()):
+        print("WARNING: both photos are one and the same picture")
+    if len(used) < max(len(photos), len(network.reads)):
+        print(f"only the {used[0]} photo is used: its own branch answers")
+        weights = {used[0]: 1.0}
+    pixels = torch.tensor(np.stack([photos[view] for view in used]), device=device)[None].float().requires_grad_()
+    inputs = data.as_inputs(pixels, used)
+    maps = []  # what enters the second stage's attention
+    if getattr(network, "attentions", None):
+        network.attentions[1].register_forward_pre_hook(lambda module, entering: maps.extend(entering))
+    outputs = network(*(inputs.get(view, inputs[used[0]]) for view in network.reads))
+    total, answer, text = 0, {}, ""
+    for t, (task, classes) in enumerate(saved["tasks"].items()):
+        logits = sum(weight * outputs[branch][t].log_softmax(1) for branch, weight in weights.items())
+        p = (logits / decided["temperature"]).softmax(1)[0]
+        total = total + p.max().log()
+        answer[task] = {name: float(p[k]) for k, name in enumerate(classes)}
+        shown = "  ".join(f"{name} {100 * value:.0f}%" for name, value in answer[task].items())
+        text += f"{task}: {classes[p.argmax()]}   ({shown})\n"
+    total.backward()
+    panels, heat = [], gaussian_blur(pixels.grad[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S)
+    for view, counts in zip(used, heat):
+        panels += [photos[view], overlay(photos[view], counts)]
+        if maps and len(used) == 2:
+            row, column = divmod(int(counts.argmax()), size)
+            H, W = maps[network.reads.index(view)].shape[2:]
+            reads = network.attentions[1].weights_at(*maps, row * H // size, column * W // size)
+            read_from = photos[used[1 - used.index(view)]]
+            if saved["flags"].get("reading") == "swapped":  # see shared_attention.py
+                read_from = photos[view]
+            if view in reads:
+                panels.append(overlay(read_from, reads[view][0]))
+    picture = Image.new("RGB", (1320, 240 + 20 * len(answer)), "white")
+    picture.paste(Image.fromarray(np.concatenate(panels, 1)).resize((220 * len(panels), 220)))
+    ImageDraw.Draw(picture).text((10, 230), text, "black", ImageFont.load_default(14), spacing=4)
+    path = Path(run) / f"lesion-{Path(paths[used[0]]).stem}.png"
+    picture.save(path)
+    print(f"{text}the photos, what counts in them and what they read: {path}\nFor research: this is no medical device.")
+    return answer
 
+def overlay(photo, heat):
+    """The photo (S, S, 3) with a map over it, red where it is high."""
+    heat = heat.detach().cpu().numpy()
+    heat = 0.8 * (heat - heat.min()) / max(np.ptp(heat), 1e-30)
+    heat = np.asarray(Image.fromarray(heat).resize(photo.shape[:2], Image.BILINEAR))[..., None]
+    return (photo * (1 - heat) + np.array([255, 80, 0]) * heat).astype(np.uint8)
 
-def one_lesion(run, clinical, dermoscopy, device, point):
-    """Answer for one lesion, or for two folders of photos of the same names; returns the branches' probabilities."""
-    device = find_device(device)
-    network, saved = load_run(run, device)
+def find_device(name=None):
     try:
-        results = json.loads((Path(run) / "results.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{run}/results.json cannot be read ({error}); python evaluate.py {run} writes it") from error
-    if any(path and Path(path).is_dir() for path in (clinical, dermoscopy)):
-        return folder_of_lesions(run, network, saved, results, clinical, dermoscopy, device)
-    paths = [[Path(path)] if path else [] for path in (clinical, dermoscopy)]
-    (photos,), branches = answer(network, saved, results, *paths, device)
-    tasks, both, name = saved["tasks"], clinical and dermoscopy, list(branches)[-1]
-    if not both:
-        print(f"only the {name} photo: the answer of its branch, in which that photo takes the place of the missing one too")
-    labels = print_answer(branches, tasks)
-    maps, reads = look(network, photos, results["weights"] if name == "fused" else {name: 1.0}, labels, device, point)
-    if not both:
-        maps, reads = [maps[0] + maps[1]], []  # one photo in both places
-    if point and not reads:
-        raise RunError("--point shows the attention between two photos, and there is none here")
-    shown, panels = [data.decode(path, 288) for path in sum(paths, [])], []
-    for n, (kind, heat) in enumerate(zip(("clinical", "dermoscopy") if both else (name,), maps)):
-        panels += [(shown[n], kind, None, reads[n][1] if reads else None),
-                   (shown[n], f"what counts in the {kind} photo", heat / max(heat.max(), 1e-30), None)]
-    other = shown if saved["flags"]["reading"] == "swapped" else shown[::-1]  # swapped: the other's map, the own values
-    for (read, _), photo, kind in zip(reads, other, ("clinical", "dermoscopy")):
-        panels.append((photo, f"read by the {kind} point ({read.max():.1f}x even)", (read - 1) / max(2, read.max() - 1), None))
-    path = Path(run) / f"lesion-{Path(clinical or dermoscopy).stem}.png"
-    draw_answer(panels, last(branches), tasks, labels).save(path)
-    print(f"picture: {path}. Research software, not a medical device.")
-    return branches
-
-
-def folder_of_lesions(run, network, saved, results, clinical, dermoscopy, device):
-    """Photos of the same name (without ending) in two folders are a lesion; a CSV with a row per lesion and class."""
-    if not (clinical and dermoscopy and Path(clinical).is_dir() and Path(dermoscopy).is_dir()):
-        raise RunError("give two folders, --clinical DIR --dermoscopy DIR, with photos of the same names")
-    files = [[path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in data.PHOTOS]
-             for folder in (clinical, dermoscopy)]
-    photos = [{path.stem: path for path in paths} for paths in files]
-    if any(len(by_name) < len(paths) for by_name, paths in zip(photos, files)):
-        raise RunError("two photos of a folder have one name and different endings; remove one of them")
-    if alone := sorted(photos[0].keys() ^ photos[1].keys()):
-        raise RunError(f"{len(alone)} photos have no partner of the same name: {', '.join(alone[:10])}")
-    if not photos[0]:
-        raise RunError(f"{clinical}: no photos")
-    cases = list(photos[0])
-    _, branches = answer(network, saved, results, *([by_name[case] for case in cases] for by_name in photos), device)
-    path, unknown = Path(run) / "lesions.csv", np.full((len(cases), len(saved["tasks"])), -1)
-    write_predictions(path, Predictions(saved["tasks"], cases, np.full(len(cases), ""), unknown, branches, {}))
-    print(f"{len(cases)} lesions: {path}. Research software, not a medical device.")
-    return branches
-
-
-# ------------------------------------------------------------------------------------------------- curves, if matplotlib
-
-
-def sheet(*size, rows=1, columns=1):
-    """A matplotlib figure and its axes; not pyplot's, so there is no window. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
-
-
-def draw_curves(run, results, p, suffix=""):
-    """curves.png, roc.png, confusion.png and reliability.png in the run's folder, where matplotlib is installed."""
-    part, wide = p.part("test"), min(len(p.tasks), 4)
-    tall = -(-len(p.tasks) // wide)
-    try:
-        curves, axes = sheet(9, 3.5, columns=2)
-        roc, above = sheet(4 * wide, 3.6 * tall, rows=tall, columns=wide)
-        matrices, below = sheet(4 * wide, 4 * tall, rows=tall, columns=wide)
-        calibration, (square,) = sheet(4.5, 4)
-    except ImportError:
-        print("\nmatplotlib is not installed: no curves.png, roc.png, confusion.png, reliability.png")
-        return
-    with open(run / "log.csv", newline="") as file:
-        log = list(csv.DictReader(file))
-    for name in (name for name in log[0] if name.startswith(("loss", "valid"))):
-        side = axes[int(name.startswith("valid"))]
-        side.plot([int(row["epoch"]) for row in log], [float(row[name]) for row in log], label=name.replace("_", " "))
-        side.set(xlabel="epoch")
-        side.legend()
-    cases = known(last(part.branches), part.labels, p.tasks)
-    for (task, classes), (scores, truth, _), one, two in zip(p.tasks.items(), cases, above, below):
-        for k, _ in columns(task, classes):
-            if 0 < (truth == k).sum() < len(truth):
-                RocCurveDisplay.from_predictions(truth == k, scores[:, k], ax=one, name=classes[k])
-        one.set(title=task, xlabel="1 - specificity", ylabel="sensitivity")
-        matrix = confusion(scores.argmax(1), truth, len(classes), np.ones((1, len(truth))))[0].astype(int)
-        ConfusionMatrixDisplay(matrix, display_labels=classes).plot(ax=two, cmap="Blues", colorbar=False, xticks_rotation=45)
-        two.set(title=task)
-    for name, bins in results["calibration"].items():
-        _, confidence, correct = np.array(bins).reshape(-1, 3).T
-        square.plot(confidence, correct, "o-", label=f"{name}: {percent(calibration_error(bins))}%")
-    square.plot([0, 1], [0, 1], ":", color="grey")
-    square.set(xlabel="confidence", ylabel="share correct")
-    square.legend(title="calibration error")
-    curves.savefig(run / "curves.png", dpi=150)
-    for name, figure in (("roc", roc), ("confusion", matrices), ("reliability", calibration)):
-        figure.savefig(run / f"{name}{suffix}.png", dpi=150)
-
-
-def draw_sweep(path, groups):
-    """Table 7 as a picture, where matplotlib is installed: the means over runs against W."""
-    try:
-        figure, sides = sheet(8, 3.5, columns=2)
-    except ImportError:
-        return
-    for axes, name in zip(sides, ("mean_auc", "mean_accuracy")):
-        ws, values = zip(*sorted((float(group.split()[-1]), 100 * np.array(each[name], float)) for group, each in groups.items()))
-        axes.errorbar(ws, list(map(np.mean, values)), [v.std(ddof=min(1, len(v) - 1)) for v in values], fmt="o-")
-        axes.set(xlabel="W of Eq. 3", ylabel=f"{MEANS[name]} (%)")
-    figure.savefig(path, dpi=150)
-    print(f"picture: {path}")
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description="A run's predictions become the paper's tables, and an answer for one lesion.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--data", metavar="PATH", help="predict again, from model.pt and the release at this path")
-    parser.add_argument("--tta", action="store_true", help="mean over six views of each photo; with --data")
-    parser.add_argument("--cache", default="runs/cache", metavar="DIR", help="folder of the decoded photos [%(default)s]")
-    parser.add_argument("--device", help="where to predict [cuda, else mps, else cpu]")
-    parser.add_argument("--compare-paper", action="store_true", help="the paper's figures beside ours")
-    parser.add_argument("--against", metavar="OTHER", help="paired bootstrap of the difference from this run")
-    parser.add_argument("--clinical", metavar="PHOTO", help="one lesion: its clinical photo, or a folder of them")
-    parser.add_argument("--dermoscopy", metavar="PHOTO", help="one lesion: its dermoscopy photo, or a folder of them")
-    parser.add_argument("--point", nargs=2, type=float, metavar=("X", "Y"), help="one lesion: whose attention is drawn, 0 to 1")
-    args = parser.parse_args(argv)
-    lesion, several = args.clinical or args.dermoscopy, len(args.runs) > 1
-    for wrong, what in (
-            (args.tta and not args.data, "--tta predicts again, so it needs --data"),
-            (args.point and not 0 <= min(args.point) <= max(args.point) <= 1, "--point goes from 0 0, the upper left corner, to 1 1"),
-            (args.point and not lesion, "--point needs --clinical or --dermoscopy"),
-            (lesion and (several or args.tta or args.against or args.data or args.compare_paper),
-             "--clinical and --dermoscopy take one RUN, --device and --point, and nothing else"),
-            (several and (args.against or args.compare_paper), "--against and --compare-paper take one RUN"),
-            (len({Path(run).resolve() for run in args.runs}) < len(args.runs), "a RUN is given twice")):
-        if wrong:
-            parser.error(what)
-    return args
-
+        return torch.empty(1, device=name or torch.accelerator.current_accelerator(True) or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 def main(argv=None):
-    """Prints what the flags ask for; returns the results of the (first) run, or the probabilities of one lesion."""
-    args = parse(argv)
-    if args.clinical or args.dermoscopy:
-        return one_lesion(args.runs[0], args.clinical, args.dermoscopy, args.device, args.point)
-    suffix, device = "-tta" * args.tta, find_device(args.device)
-    results, predictions = zip(*(evaluate_run(
-        run, predict_again(run, args.data, args.cache, device, args.tta) if args.data else None, suffix) for run in args.runs))
-    for run, p in zip(args.runs, predictions):
-        if not same_lesions(predictions[0], p):
-            raise RunError(f"{args.runs[0]} and {run} have different tasks or test lesions; look at them one by one")
-    if len(results) == 1:
-        print_tables(results[0], args.compare_paper)
-        draw_curves(Path(args.runs[0]), results[0], predictions[0], suffix)
+    """Prints what the flags ask for; returns the results of the first run, or the probabilities of one lesion."""
+    parser = argparse.ArgumentParser(description="The paper's tables from a run's predictions; an answer for a lesion.")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    add("--data", metavar="PATH", help="predict this release: the run's own, or all of another one")
+    add("--cache", default="runs/cache", metavar="DIR", help="folder of the decoded photos [%(default)s]")
+    add("--device", help="where to predict [cuda, else mps, else cpu]")
+    add("--rule", default="near", choices=["near", "maximum"], help="how weights are chosen, see search_weights")
+    add("--compare-paper", action="store_true", help="the paper's figures beside ours, on the published derm7pt")
+    add("--against", nargs=1, default=[], metavar="OTHER", help="paired bootstrap of the difference from this run")
+    for view in data.VIEWS:
+        add(f"--{view}", metavar="PHOTO", help="a photo of one lesion")
+    args = parser.parse_args(argv)
+    device, runs = find_device(args.device), args.runs + args.against
+    paths = {view: getattr(args, view) for view in data.VIEWS if getattr(args, view)}
+    if paths:
+        return one_lesion(runs[0], paths, device, args.rule)
+    saved = [load_checkpoint(Path(run) / "model.pt") for run in runs]
+    if len({(each["release"], *each["split"]) for each in saved}) > 1:
+        raise RunError(f"{', '.join(runs)} have different lesions; look at them one by one")
+    if args.compare_paper and (args.data or not saved[0]["published"]):
+        raise RunError("--compare-paper: the figures are of a run on the published derm7pt, and of its own lesions")
+    if args.data:
+        found = [evaluate_new(run, args.data, args.cache, device, args.rule) for run in runs]
     else:
-        groups = print_groups(args.runs, results)
-        if all(group.startswith("w ") and "," not in group for group in groups):
-            draw_sweep(Path(args.runs[0]) / "w-sweep.png", groups)
-    if args.against:
-        print()
-        for name, (gap, (low, high), above) in difference(predictions[0], evaluate_run(args.against)[1]).items():
-            print(f"{MEANS[name]}: {args.runs[0]} - {args.against} = {100 * gap:+.1f} points, 95% interval {100 * low:+.1f} to "
-                  f"{100 * high:+.1f}; above 0 in {100 * above:.0f}% of the resamples")
-    return results[0]
-
+        found = [evaluate_run(run, rule=args.rule) for run in runs]
+    results, p = found[0]
+    if results and len(args.runs) > 1:
+        print_groups(saved[:len(args.runs)], [each for each, _ in found])
+    elif results:
+        print_tables(results, args.compare_paper)
+    if results and args.against:
+        for name, values in difference(p, found[-1][1]).items():
+            gap, low, high = (f"{100 * value:+.1f}" for value in values)
+            print(f"{MEANS[name]}: {runs[0]} - {runs[-1]} = {gap} points, 95% interval {low} to {high}")
+    return results
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (data.DataError, RunError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    data.speak(main, data.DataError, RunError)

@@ -1,106 +1,55 @@
 """Shared cross-attention: after each stage, each modality reads the other (Sec. 3.2, Fig. 3 of the PEMM paper).
 
-Three 1x1 convolutions project a feature map to queries and keys (C/8 channels) and values (C channels). In the **shared**
-module (SCA) one set of projections serves both modalities; in the plain one (CA) each has its own, at twice the parameters:
+Three 1x1 convolutions make queries q and keys k (C/8 channels) and values v (C channels) of a feature map:
 
     refined = x + softmax(q k^T / sqrt(C/8)) v
 
-What crosses? The text of Sec. 3.2 names only a modality's own q, k and v, and Fig. 3 leaves the question open. Two readings:
+In the **shared** module (SCA) one set of them serves both modalities; in the separate one (CA) each has its own.
+What crosses? The text of Sec. 3.2 names only a modality's own q, k and v, and Fig. 3 leaves it open. Two readings:
 
-    "cross"    queries from one modality, keys and values from the other: the field's standard meaning, and our default
-    "swapped"  each modality's own softmax(q k^T), unscaled, but the two maps change places: how a public re-implementation
-               of CAFNet, from which the paper's CA descends, does it
+    "cross"    queries from one modality, keys and values from the other: the word's usual meaning, and our default
+    "swapped"  each computes its own softmax(q k^T), unscaled, and the two change places, as in a public CAFNet code
 
-Both have the same parameters. The value projection starts at zero, so that at first the module is the identity and
-pretrained features pass unchanged. A scalar gate that starts at zero would do that too, but it can hardly open: Adam moves
-one scalar by about lr a step, in this recipe by less than 0.07 in all. The sum of C weights, each moving that far, opens.
+Pretrained features should pass unchanged at first, so the values start at zero. A gate, one number that starts at zero,
+would hardly open: Adam moves a number by about the learning rate a step, and 250 epochs x 18 steps x mean rate 1.5e-5
+is 0.07. A value sums C channels, whose weights can move that far each: that opens.
 
-Shapes: B pairs, C channels, H W the map, N = H W tokens, d = C/8.
-
-Run `python shared_attention.py` to compare shared with separate, and the blocks below with the plain formula.
+Shapes: B pairs, C channels, H x W the map, N = H W its places ("tokens"), d = C/8.
+Run `python shared_attention.py` to see the parameters, and the plain formula beside the fast one.
 """
+import time
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2 ** 20  # scores computed at a time: 4 MB of float32, about what a core's cache holds
+def plain_attention(q, k, v, scale):
+    scores = q @ k.transpose(1, 2) * scale  # (B, N, d), (B, N, d) -> (B, N, N): how well each query fits each key
+    return scores.softmax(-1) @ v  # (B, N, C): for each query a weighted mean of the values
 
+def tokens(x):
+    return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
 
-class BlockedAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v, a block of queries at a time, computed again in the backward pass.
-
-    The N x N map is never stored whole: at 56 x 56 it would take 39 MB an image. PyTorch's own memory-saving kernel wants
-    q, k and v of one width on a CPU; padding q and k to v's, 8 times theirs, nearly doubles the arithmetic.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, scale):  # (B, N, d), (B, N, d), (B, N, C) -> (B, N, C)
-        k, out = k * scale, v.new_empty(*q.shape[:2], v.shape[2])
-        for images, rows in blocks(q):
-            weights = (q[images, rows] @ k[images].mT).softmax(-1)  # (images, rows, N)
-            out[images, rows] = weights @ v[images]
-        ctx.save_for_backward(q, k, v, out)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        q, k, v, out = ctx.saved_tensors
-        wide = torch.promote_types(q.dtype, torch.float32)  # sums over blocks of bfloat16 are kept in float32
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        row_sums = (grad * out).sum(-1, keepdim=True)  # of weights * dweights, which softmax's gradient subtracts
-        for images, rows in blocks(q):
-            weights = (q[images, rows] @ k[images].mT).softmax(-1)
-            dv[images] += weights.mT @ grad[images, rows]
-            dscores = (grad[images, rows] @ v[images].mT).sub_(row_sums[images, rows]).mul_(weights)
-            dq[images, rows] = dscores @ k[images]
-            dk[images] += dscores.mT @ q[images, rows]
-        return dq, (dk * ctx.scale).to(k.dtype), dv.to(v.dtype), None
-
-
-def blocks(q):
-    """Slices of images and of their queries: a few queries of one image where maps are large, many images where small."""
-    B, N, _ = q.shape
-    images, rows = max(1, BLOCK // N ** 2), max(1, min(N, BLOCK // N))
-    for image in range(0, B, images):
-        for row in range(0, N, rows):
-            yield slice(image, image + images), slice(row, row + rows)
-
-
-def attend(q, k, v, scale):
-    """softmax(scale q k^T) v for (B, N, d), (B, N, d), (B, N, C), without the N x N map in memory."""
-    if q.device.type == "cpu":
-        return BlockedAttention.apply(q, k, v, scale)
-    pad = (0, -q.shape[-1] % 8)  # the GPU kernel that takes v wider than q and k wants widths of whole 16 bytes
-    q, k, v = F.pad(q, pad)[:, None], F.pad(k, pad)[:, None], v[:, None]  # one head
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[:, 0]
-
+def map_of(tokens, like):
+    return tokens.transpose(1, 2).view(like.shape)  # (B, N, C) -> (B, C, H, W)
 
 class Projections(nn.Module):
-    """The three convolutions of Fig. 3. A 1x1 convolution is a linear layer on the tokens (B, N, C)."""
+    """The three convolutions of Fig. 3. On tokens, a 1x1 convolution is a linear layer."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, source_channels):  # of the map that reads, and of the map that is read
         super().__init__()
         self.query = nn.Linear(channels, channels // 8)
-        self.key = nn.Linear(channels, channels // 8)
-        self.value = nn.Linear(channels, channels)
-        nn.init.zeros_(self.value.weight)  # ours: the module starts as the identity, see the top of the file
+        self.key = nn.Linear(source_channels, channels // 8)
+        self.value = nn.Linear(source_channels, channels)
+        nn.init.zeros_(self.value.weight)  # ours, see the top of the file
         nn.init.zeros_(self.value.bias)
 
-    def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once: each layer would keep a copy of its own
-        return self.query(x), self.key(x), self.value(x)
-
+    def forward(self, x, source):
+        return self.query(x), self.key(source), self.value(source)  # (B, N, d), (B, N, d), (B, N, C)
 
 class CrossAttention(nn.Module):
-    """(clinical, dermoscopy) -> (clinical, dermoscopy), each (B, C, H, W), each refined by what it read of the other.
-
-    shared   True: one set of projections for both modalities (SCA); False: one each (CA)
-    reading  "cross" or "swapped", see the top of the file
-    """
+    """(clinical, dermoscopy) -> (clinical, dermoscopy), each (B, C, H, W), each refined by what it read.
+    shared: one set of projections for both modalities (SCA), or one each (CA). reading: see the top of the file."""
 
     def __init__(self, channels, shared=True, reading="cross"):
         super().__init__()
@@ -108,13 +57,16 @@ class CrossAttention(nn.Module):
             raise ValueError(f"reading is {reading!r}: choose cross or swapped")
         self.reading = reading
         self.scale = (channels // 8) ** -0.5 if reading == "cross" else 1.0
-        self.projections = nn.ModuleList(Projections(channels) for _ in range(1 if shared else 2))
+        self.projections = nn.ModuleList(Projections(channels, channels) for _ in range(1 if shared else 2))
 
     def project(self, clinical, dermoscopy):
-        """The (q, k, v) whose attention refines the clinical map, and the one that refines the dermoscopy map."""
-        qc, kc, vc = self.projections[0](tokens(clinical))
-        qd, kd, vd = self.projections[-1](tokens(dermoscopy))
-        return ((qc, kd, vd), (qd, kc, vc)) if self.reading == "cross" else ((qd, kd, vc), (qc, kc, vd))
+        """The (q, k, v) that refine the clinical map, and the (q, k, v) that refine the dermoscopy map."""
+        c, d = tokens(clinical), tokens(dermoscopy)
+        q_c, k_c, v_c = self.projections[0](c, c)
+        q_d, k_d, v_d = self.projections[-1](d, d)  # if shared, the same projections
+        if self.reading == "cross":
+            return (q_c, k_d, v_d), (q_d, k_c, v_c)
+        return (q_d, k_d, v_c), (q_c, k_c, v_d)
 
     def forward(self, clinical, dermoscopy):
         for_clinical, for_dermoscopy = self.project(clinical, dermoscopy)
@@ -122,44 +74,102 @@ class CrossAttention(nn.Module):
                 dermoscopy + map_of(attend(*for_dermoscopy, self.scale), dermoscopy))
 
     def weights_at(self, clinical, dermoscopy, row, column):
-        """Where the refined maps' point (row, column) reads from: two (B, H, W) maps, each summing to one per image."""
+        """Where each reads for its place (row, column): (B, H, W) of the other photo, or in "swapped" of its own."""
+        (q_c, k_c, _), (q_d, k_d, _) = self.project(clinical, dermoscopy)
         place = row * clinical.shape[3] + column
-        return tuple((q[:, place, None] @ k.transpose(1, 2) * self.scale).softmax(-1).view(len(q), *clinical.shape[2:])
-                     for q, k, _ in self.project(clinical, dermoscopy))
+        return {"clinical": weights_of(q_c[:, place], k_c, self.scale, dermoscopy),
+                "dermoscopy": weights_of(q_d[:, place], k_d, self.scale, clinical)}
 
+def weights_of(query, k, scale, source):
+    scores = k @ query[:, :, None] * scale  # (B, N, d), one query an image (B, d) -> (B, N, 1)
+    return scores.softmax(1).view(len(k), *source.shape[2:])  # (B, H, W)
 
-def tokens(x):
-    return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C), a view where the channels are last in memory
+class AsymmetricAttention(nn.Module):
+    """That of AMMFM, "Pay less on clinical images": dermoscopy reads clinical, nothing flows back. Its abstract says no
+    more; the rest is ours, and as in PEMM. The two maps may differ in channels and in size."""
 
+    def __init__(self, clinical_channels, dermoscopy_channels):
+        super().__init__()
+        self.scale = (dermoscopy_channels // 8) ** -0.5
+        self.projections = Projections(dermoscopy_channels, clinical_channels)
 
-def map_of(tokens, like):
-    return tokens.transpose(1, 2).view(like.shape)  # (B, N, C) -> (B, C, H, W)
+    def forward(self, clinical, dermoscopy):
+        q, k, v = self.projections(tokens(dermoscopy), tokens(clinical))
+        return clinical, dermoscopy + map_of(attend(q, k, v, self.scale), dermoscopy)
 
+    def weights_at(self, clinical, dermoscopy, row, column):
+        q, k, _ = self.projections(tokens(dermoscopy), tokens(clinical))
+        return {"dermoscopy": weights_of(q[:, row * dermoscopy.shape[3] + column], k, self.scale, clinical)}
+
+LARGE = 32 ** 2  # places of a map; up to here the plain formula is fastest
+BLOCK = 2 ** 20  # weights computed at a time: 4 MB of float32, about what a core's cache holds
+
+def attend(q, k, v, scale):
+    """The fast twin of plain_attention: the same, in the best way for this device and size."""
+    if q.device.type != "cpu":
+        pad = (0, -q.shape[-1] % 8)  # the GPU kernel that takes v wider than q and k wants widths of whole 16 bytes
+        q, k, v = F.pad(q, pad)[:, None], F.pad(k, pad)[:, None], v[:, None]  # one head
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)[:, 0]
+    if k.shape[1] <= LARGE:
+        return plain_attention(q, k, v, scale)
+    return BlockedAttention.apply(q, k * scale, v)
+
+class BlockedAttention(torch.autograd.Function):
+    """softmax(q k^T) v, some queries of an image at a time. The backward pass computes the weights again: to keep them
+    would take 39 MB an image at 56 x 56."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = v.new_empty(*q.shape[:2], v.shape[2])  # (B, N, C)
+        for image, rows in blocks(q, k):
+            out[image, rows] = (q[image, rows] @ k[image].T).softmax(-1) @ v[image]
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out = ctx.saved_tensors
+        # P = softmax(S), S = q k^T: softmax's gradient is dS = P * (dP - rowsum(P * dP)), with dP = grad v^T.
+        # And rowsum(P * dP) = rowsum(grad * out), because out = P v.
+        row_sums = (grad * out).sum(-1, keepdim=True)  # (B, N, 1)
+        wide = torch.promote_types(q.dtype, torch.float32)  # sums over blocks of bfloat16 are kept in float32
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for image, rows in blocks(q, k):
+            P = (q[image, rows] @ k[image].T).softmax(-1)  # (rows, N)
+            dP = grad[image, rows] @ v[image].T
+            dS = dP.sub_(row_sums[image, rows]).mul_(P)  # in place, for speed
+            dq[image, rows] = dS @ k[image]
+            dk[image] += dS.T @ q[image, rows]
+            dv[image] += P.T @ grad[image, rows]
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+def blocks(q, k):
+    """(image, rows): the number of an image and a slice of its queries, until every query has come."""
+    size = max(1, BLOCK // k.shape[1])
+    for image in range(len(q)):
+        for start in range(0, q.shape[1], size):
+            yield image, slice(start, start + size)
 
 def main():
-    import time
-
-    def plain(q, k, v, scale):
-        return (q @ k.transpose(1, 2) * scale).softmax(-1) @ v
-
-    print("parameters of the attention of the four stages of Swin-T and ConvNeXt-T (channels 96, 192, 384, 768)")
-    for shared in (True, False):
-        count = sum(p.numel() for c in (96, 192, 384, 768) for p in CrossAttention(c, shared).parameters())
-        print(f"  {'shared (SCA)' if shared else 'separate (CA)':14} {count:>10,}")
-
+    stages, light = (96, 192, 384, 768), (24, 32, 96, 1280)  # channels of Swin-T and of MobileNetV2
+    kinds = {"shared (SCA)": [CrossAttention(c) for c in stages],
+             "separate (CA)": [CrossAttention(c, shared=False) for c in stages],
+             "asymmetric": [AsymmetricAttention(c, d) for c, d in zip(light, stages)]}
+    print("parameters of the attention of Swin-T's four stages (asymmetric: reading a MobileNetV2)")
+    for name, modules in kinds.items():
+        print(f"  {name:14} {sum(p.numel() for module in modules for p in module.parameters()):>10,}")
     print("one attention at 56 x 56 with 96 channels, 8 images, forward and backward, float32")
-    q, k, v = (torch.randn(8, 56 * 56, width, requires_grad=True) for width in (12, 12, 96))
+    inputs = [torch.randn(8, 56 * 56, width, requires_grad=True) for width in (12, 12, 96)]
     results = []
-    for name, function in (("blocks", attend), ("plain formula", plain)):
-        saved = []
-        start = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
-            out = function(q, k, v, 12 ** -0.5)
-        results.append((out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))))
-        print(f"  {name:14} {time.perf_counter() - start:5.2f} s, keeps {sum(saved) / 2 ** 20:,.0f} MiB for the backward pass")
-    difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results))
+    for name, function in (("plain formula", plain_attention), ("fast twin", attend)):
+        kept, start = [], time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            out = function(*inputs, 12 ** -0.5)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        print(f"  {name:14} {time.perf_counter() - start:5.2f} s, {sum(kept) / 2 ** 20:,.0f} MiB kept for the backward")
+    difference = max((a - b).abs().max() / a.abs().max() for a, b in zip(*results))
     print(f"  largest relative difference, values and gradients: {difference:.1e}")
-
 
 if __name__ == "__main__":
     main()

@@ -28,6 +28,7 @@ import model
 import shared_attention
 import train
 from loss import biased_loss
+from test_backbones import torchvision_twin
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -69,7 +70,7 @@ def step(parameters, bf16, function):
 def encoders(rounds, batch):
     print(f"forward and backward, {batch} images of 224 x 224, {DEVICE}; ratio to torchvision")
     for name in ("swin_t", "swin_v2_t", "convnext_t"):
-        twin, encoder = backbones.torchvision_twin(name).to(DEVICE).train(), backbones.build(name).to(DEVICE).train()
+        twin, encoder = torchvision_twin(name).to(DEVICE).train(), backbones.build(name).to(DEVICE).train()
         head = [module for module in twin.modules() if isinstance(module, nn.Linear)][-1]
         x = torch.randn(batch, 3, 224, 224, device=DEVICE)
         for compiled in (False, True) if DEVICE.type == "cuda" else (False,):
@@ -80,8 +81,7 @@ def encoders(rounds, batch):
                     "ours": partial(step, [*encoder.parameters(), *head.parameters()], bf16, lambda: head(encoder.pool(ours(x)[-1])))}, rounds)
 
 
-def plain(q, k, v, scale):
-    return (q @ k.transpose(1, 2) * scale).softmax(-1) @ v
+plain = shared_attention.plain_attention
 
 
 def padded(q, k, v, scale):
@@ -111,7 +111,7 @@ def pemm_step(kind, bf16, batch):
     def run():
         shared_attention.attend = plain if kind == "plain" else ours
         step(list(network.parameters()), bf16, lambda: network.pool(network(torch.cat((clinical, dermoscopy)))[-1]) if kind == "bare"
-             else biased_loss(network(clinical, dermoscopy), labels).total)
+             else biased_loss(network(clinical, dermoscopy), labels)[0])
         shared_attention.attend = ours
     return run
 
@@ -144,41 +144,49 @@ def pemm(rounds, batch):
 
 def photos(rounds, batch):
     with tempfile.TemporaryDirectory() as folder:
-        release = data.read(data.synthesize(Path(folder) / "spc", cases=200, height=512))
-        print(f"200 pairs of 768 x 512: decoded {400 / seconds(lambda: data.load(release, 224, folder)):,.0f} photos/s, "
-              f"found again {400 / seconds(lambda: data.load(release, 224, folder)):,.0f} photos/s")
-        pixels = torch.from_numpy(data.load(release, 224, folder))
-        rows, generator = torch.randint(0, 200, (24,)), torch.Generator()
+        path = data.synthesize(Path(folder) / "spc", cases=200, height=512)
+        first, again = (400 / seconds(lambda: data.read(path, 224, folder)) for _ in range(2))
+        print(f"200 pairs of 768 x 512: read and decoded {first:,.0f} photos/s, found again {again:,.0f} photos/s")
+        release, generator = data.read(path, 224, folder), torch.Generator()
+        rows = torch.randint(0, 200, (24,))
+        pixels = torch.from_numpy(release.pixels)
+        files = sorted((path / "images").glob("*.jpg"))
         def one_by_one():
-            for row in rows:
-                data.augment(torch.from_numpy(data.np.stack([data.decode(path, 224) for path in release.photos[row]]))[None], generator)
-        compare("24 pairs, decoded and augmented", {"photo by photo": one_by_one, "ours": lambda: data.augment(pixels[rows].to(DEVICE), generator)},
-                rounds)
+            for n in range(24):
+                pair = torch.tensor([[data.decode(file, 224).tolist() for file in files[2 * n:2 * n + 2]]], dtype=torch.uint8)
+                data.augment(pair, release.views, generator)
+        compare("24 pairs, decoded and augmented", {
+            "photo by photo": one_by_one, "ours": lambda: data.augment(pixels[rows].to(DEVICE), release.views, generator)}, rounds)
 
 
 def training(rounds, batch):
-    """Images per second of train.fit's loop as a share of forward and backward alone, with the demo's network and sizes."""
+    """Images per second of train.fit's loop, as it prints them, as a share of forward and backward alone."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         path = data.synthesize(folder / "spc", cases=1011, height=128)
-        release = data.read(path)
-        flags, *_ = train.settle(train.parse(["--device", DEVICE.type, "--epochs", str(2 * rounds)]))
-        train.complete(flags, release, DEVICE)
-        pixels = torch.from_numpy(data.load(release, flags["image_size"], folder)).to(DEVICE)
+        flags, _ = train.parse(["--device", DEVICE.type, "--epochs", str(2 * rounds), "--swa-start", str(2 * rounds)])
+        flags["amp"] = train.has_bfloat16(DEVICE)
+        release = data.read(path, flags["image_size"], folder)
         network = model.make(flags, model.SPC_CLASSES).to(DEVICE).train()
-        pair = data.augment(pixels[:24], torch.Generator())
+        inputs = data.augment(torch.from_numpy(release.pixels[:24]).to(DEVICE), release.views, torch.Generator())
         labels = torch.from_numpy(release.labels[:24]).to(DEVICE)
-        one = partial(step, list(network.parameters()), flags["amp"], lambda: biased_loss(network(*pair), labels).total)
-        loops, bares = [], []
-        def after_an_epoch(row, epochs, speed, left):
-            loops.append(speed)
+        one = partial(step, list(network.parameters()), flags["amp"],
+                      lambda: biased_loss(network(*inputs.values()), labels)[0])
+        loops, bares, validation = [], [], train.validation
+        clock = time.perf_counter()
+        def after_an_epoch(*arguments):  # the loop calls it once an epoch, before it prints its speed
+            nonlocal clock
+            loops.append(2 * len(release.rows("train")) / (time.perf_counter() - clock))
             bares.append(48 * 17 / seconds(lambda: [one() for _ in range(17)]))  # about as many steps as the epoch had
-        train.print_epoch = after_an_epoch
+            found = validation(*arguments)
+            clock = time.perf_counter()
+            return found
+        train.validation = after_an_epoch
         one()
-        train.fit(folder, flags, release, pixels, DEVICE)
+        train.fit(folder / "run", flags, release, DEVICE)
         share = statistics.median(2 * loop / (before + after) for loop, before, after in zip(loops[1:], bares, bares[1:]))
-        print(f"training loop {statistics.median(loops):,.0f} images/s, bare forward and backward {statistics.median(bares):,.0f} images/s; "
-              f"median of {len(loops) - 1} epochs, each beside what came before and after it: {100 * share:.1f}%")
+        print(f"training loop {statistics.median(loops[1:]):,.0f} images/s, bare forward and backward {statistics.median(bares):,.0f} "
+              f"images/s; median of {len(loops) - 1} epochs, each beside what came before and after it: {100 * share:.1f}%")
 
 
 def main():
