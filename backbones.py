@@ -8,7 +8,7 @@
     encoder(x)          the list of the 4 stage outputs
     encoder.pool(last)  final norm and global average pool: (B, C_4, H_4, W_4) -> (B, C_4)
 
-With torchvision's classifier behind encoder.pool come torchvision's logits. ConvNeXt (the shortest), Swin and Swin V2
+encoder.pool, then torchvision's classifier, gives torchvision's logits. ConvNeXt (the shortest), Swin and Swin V2
 are written out by hand; the others are torchvision's modules cut into stages. "SwinTransformer (Tiny)" of the paper is
 Swin **V2**: only its parameter count fits the paper's tables.
 
@@ -370,7 +370,7 @@ MOBILENET_NAMES = {  # a slice of a Sequential keeps its numbers
 CLASSIFIER = re.compile(r"^(head|fc|classifier|classifier\.[12])\.(weight|bias)$")  # the one of ImageNet's 1000 classes
 DERIVED = re.compile(r"relative_position_index|relative_coords_table")  # in Swin's files, but computed here
 
-# make() gives an encoder with random weights; published are torchvision's, of the first recipe, the paper's own.
+# make() builds an encoder with random weights; published: torchvision's, of its V1 recipe, as in the papers.
 Backbone = namedtuple("Backbone", ["make", "names", "published"])
 
 BACKBONES = {
@@ -394,7 +394,7 @@ def build(name, weights=None):
     encoder = make().to(memory_format=torch.channels_last)  # convolutions are faster so
     if weights is None:
         return encoder
-    state = download(name, published) if weights == "imagenet" else read(weights)
+    state = download(name, published) if weights == "imagenet" else read_weights(weights)
     try:
         encoder.load_state_dict(rename(state, names), strict=True)
     except RuntimeError as error:  # torch's message says what is missing, unexpected or of another shape
@@ -414,7 +414,7 @@ def download(name, published):
             f"{name}: cannot download its ImageNet weights ({error}). Fetch {published.url} elsewhere and put it into "
             f"{torch.hub.get_dir()}/checkpoints, or use --weights none with a higher --lr such as 3e-4.") from error
 
-def read(path):
+def read_weights(path):
     """The state dict in a file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # a file cannot run code here

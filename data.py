@@ -8,7 +8,9 @@
 | spc     | derm7pt: `meta/meta.csv`, `meta/{train,valid,test}_indexes.csv`, `images/`  | diagnosis, seven criteria  |
 | milk10k | `*GroundTruth.csv`, `*Metadata.csv`, photos in any folder below             | diagnosis, 11 classes      |
 | isic    | an ISIC Archive download: `metadata.csv`, photos in any folder below        | benign or malignant        |
-| pairs   | your own CSV: a column for each photo and task; case, split, patient        | as the columns say         |
+| ham     | HAM10000: `HAM10000_metadata.csv`, photos and masks in any folder below     | diagnosis, 7 classes       |
+| isic17  | `ISIC-2017_{Training,Validation,Test_v2}_Part3_GroundTruth.csv`, the same   | two, each present or not   |
+| pairs   | your own CSV: a column for each photo, mask and task; case, split, patient  | as the columns say         |
 
 Shapes: N lesions, V pictures of a lesion, T tasks, B lesions of a batch, S the side of the square photos.
 Run `python data.py PATH` to see what is in a release; `python data.py PATH --synthesize 1011` draws one first.
@@ -37,7 +39,7 @@ from PIL import Image, ImageFilter, ImageOps, __version__ as PILLOW
 from sklearn.model_selection import StratifiedGroupKFold
 
 SPLITS = ("train", "valid", "test")
-VIEWS = ("clinical", "dermoscopy")
+VIEWS = ("clinical", "dermoscopy")  # a lesion may have a "mask" besides, 255 inside the lesion
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in RGB: what the pretrained weights expect
 
 # The Seven-Point Checklist: task -> its column of meta.csv, and class -> the strings in that column.
@@ -67,11 +69,12 @@ PUBLISHED_SPC = "6730bba642bdc2aa22b7e6244294d1a8b3c62dbff424ae3927454110b54887a
 # The seven-point rule: a point scores 2 (major) or 1 (minor); 3 or more in all suggest melanoma.
 SEVEN_POINTS = {("PN", "ATP"): 2, ("BWV", "PRS"): 2, ("VS", "IR"): 2,
                 ("STR", "IR"): 1, ("PIG", "IR"): 1, ("DaG", "IR"): 1, ("RS", "PRS"): 1}
+HAM10000 = ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")
 MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC")
 MALIGNANT = ("AKIEC", "BCC", "MAL_OTH", "MEL", "SCCKA")  # of MILK10K; AKIEC holds precancers and in-situ carcinomas
 UNKNOWN = ("?", "nan", "na", "n/a", "#n/a", "<na>", "null", "unknown")  # read as an empty cell
 METADATA = ("age", "age_approx", "sex", "skin_tone_class", "fitzpatrick_skin_type", "site", "anatom_site_general",
-            "location", "elevation", "level_of_diagnostic_difficulty")  # kept for results by subgroup
+            "localization", "location", "elevation", "level_of_diagnostic_difficulty")  # for subgroups, and MAT's words
 
 class DataError(ValueError):
     """A release that cannot be read as it is. The message says what is wrong, where, and what to do."""
@@ -83,7 +86,7 @@ def require(condition, otherwise):
 @dataclass
 class Release:
     """N lesions, each with V pictures and a label per task."""
-    kind: str  # spc, synthetic, milk10k, isic or pairs
+    kind: str  # spc, synthetic, milk10k, isic, ham, isic17 or pairs
     views: tuple  # the names of the V pictures
     tasks: dict  # task -> its class names; a class "absent", or the first of two, is the negative one
     notes: list  # what a user should know, warnings in capitals
@@ -100,18 +103,21 @@ class Release:
     def rows(self, split):
         return np.flatnonzero(self.split == split)
 
-def read(path, size=128, cache="runs/cache", to_train=True):
+def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
     """The Release at `path`, its photos decoded to `size` x `size` pixels and kept in the folder `cache`. Lesions that
-    will only be predicted (to_train=False) need neither labels nor a split."""
+    will only be predicted (to_train=False) need neither labels nor a split. With `masks` these are read too."""
     path = Path(path).expanduser().resolve()
     kind, folder, views, tasks, rows, notes = read_tables(path)
+    photos = tuple(view for view in views if view != "mask")
+    if not masks:
+        views = photos
     find_photos(rows, views, folder)
     for task, classes in tasks.items():
         wrong = [f"{row['where']} {row[task]!r}" for row in rows if row[task] not in ("", *classes)]
         require(not wrong, f"{task} is none of {', '.join(classes)}; correct or empty it: {listed(wrong)}")
+    split_is_given = any(row["split"] for row in rows)
+    used = [row for row in rows if any(row[task] for task in tasks) and (row["split"] or not split_is_given)]
     if to_train:
-        split_is_given = any(row["split"] for row in rows)
-        used = [row for row in rows if any(row[task] for task in tasks) and (row["split"] or not split_is_given)]
         if len(used) < len(rows):
             notes.append(f"WARNING: {len(rows) - len(used)} lesions have no label or no split and are left out")
         rows = used
@@ -126,8 +132,10 @@ def read(path, size=128, cache="runs/cache", to_train=True):
     metadata = {column: [row[column] for row in rows] for column in METADATA if column in rows[0]}
     patients = [row.get("patient_id") or row.get("patient", "") for row in rows]
     pixels, contents = decode_all([row[view] for row in rows for view in views], size, cache)
-    fingerprint = digest(repr((contents, cases, labels.tolist(), list(tasks.items()), metadata)).encode())
-    digests = np.array([digest(photo[::4, ::4].tobytes()) for photo in pixels]).reshape(-1, len(views))
+    files = [[contents[str(row[view])] for view in views] for row in used]
+    texts = [[row["case"], *(row[name] for name in (*tasks, *metadata))] for row in used]
+    fingerprint = digest(repr((files, texts, list(tasks.items()), list(metadata))).encode())
+    digests = np.array([digest(photo[::4, ::4].tobytes()) for photo in pixels]).reshape(-1, len(views))[:, :len(photos)]
     pixels = pixels.reshape(len(rows), len(views), size, size, 3)
     release = Release(kind, views, tasks, notes, cases, patients, labels, split, metadata,
                       pixels, digests, fingerprint, published)
@@ -140,7 +148,8 @@ def read(path, size=128, cache="runs/cache", to_train=True):
 
 def read_tables(path):
     """What the first reader finds that fits `path`, a folder or its table."""
-    readers = {"meta/meta.csv": read_spc, "*GroundTruth.csv": read_milk10k, "metadata.csv": read_isic,
+    readers = {"meta/meta.csv": read_spc, "ISIC-2017_Training_Part3_GroundTruth.csv": read_isic17,
+               "*GroundTruth.csv": read_milk10k, "HAM10000_metadata.csv": read_ham, "metadata.csv": read_isic,
                "*.csv": read_pairs}
     for pattern, reader in readers.items():
         tables = [table for table in (path, *path.glob(pattern)) if table.is_file() and table.match(pattern)]
@@ -154,6 +163,7 @@ def read_spc(table):
     rows = read_table(table, "case_num", "clinic", "derm", *(column for column, _ in SPC.values()))
     for row in rows:
         row |= {"case": row["case_num"], "split": "", "clinical": row["clinic"], "dermoscopy": row["derm"]}
+        row["mask"] = Path(row["derm"]).stem + "_segmentation"  # drawn lesions have one
         for task, (column, classes) in SPC.items():
             row[task] = row[column]
             for name, strings in classes.items():
@@ -165,10 +175,10 @@ def read_spc(table):
             fits = number.isdecimal() and int(number) < len(rows) and not rows[int(number)]["split"]
             require(fits, f"{index['where']}: {number!r} is no row of meta.csv (from 0), or is in a split already")
             rows[int(number)]["split"] = split
-    kind, notes = "spc", []
+    kind, views, notes = "spc", VIEWS, []
     if rows[0].get("notes") == "synthetic":
-        kind, notes = "synthetic", ["drawn lesions: they show the machinery, not the method"]
-    return kind, table.parent.parent / "images", VIEWS, SPC_TASKS, rows, notes
+        kind, views, notes = "synthetic", (*VIEWS, "mask"), ["drawn lesions: they show the machinery, not the method"]
+    return kind, table.parent.parent / "images", views, SPC_TASKS, rows, notes
 
 def read_milk10k(table):
     """MILK10k: the ground truth marks each lesion's class with 1, the metadata name its photos."""
@@ -204,14 +214,34 @@ def read_isic(table):
     notes = [f"{len(rows)} lesions with both photos; {len(images) - 2 * len(rows)} other images are not used"]
     return "isic", table.parent, VIEWS, {"DIAG": ("benign", "malignant")}, rows, notes
 
+def read_ham(table):
+    """HAM10000: a row a dermoscopy photo; photos of one lesion_id go to one split. Its column dx_type is left out: how
+    a diagnosis was confirmed gives it away (follow_up: all nevi) and is not known when a patient is seen."""
+    rows = read_table(table, "lesion_id", "image_id", "dx")
+    for row in rows:
+        name = row["image_id"]
+        row |= {"case": name, "split": "", "patient": row["lesion_id"], "DIAG": row["dx"].upper(), "dermoscopy": name,
+                "mask": f"{name}_segmentation"}
+    return "ham", table.parent, ("dermoscopy", "mask"), {"DIAG": HAM10000}, rows, []
+
+def read_isic17(table):
+    """The ISIC 2017 challenge: its three splits, its two tasks, a mask for each photo."""
+    tasks, rows = {"melanoma": ("absent", "present"), "seborrheic_keratosis": ("absent", "present")}, []
+    for split, part in zip(SPLITS, ("Training", "Validation", "Test_v2")):
+        for row in read_table(table.with_name(f"ISIC-2017_{part}_Part3_GroundTruth.csv"), "image_id", *tasks):
+            row |= {task: {"0.0": "absent", "1.0": "present"}.get(row[task], row[task]) for task in tasks}
+            name = row["image_id"]
+            rows.append(row | {"case": name, "split": split, "dermoscopy": name, "mask": f"{name}_segmentation"})
+    return "isic17", table.parent, ("dermoscopy", "mask"), tasks, rows, []
+
 def read_pairs(table):
     """Your own CSV: a column a photo (paths from its folder); case, split, patient, METADATA; all others are tasks."""
     rows = read_table(table)
-    views = tuple(view for view in VIEWS if view in rows[0])
-    require(views, f"{table}: no column clinical or dermoscopy; it has {', '.join(rows[0])}")
+    views = tuple(view for view in (*VIEWS, "mask") if view in rows[0])
+    require(set(views) & set(VIEWS), f"{table}: no column clinical or dermoscopy; it has {', '.join(rows[0])}")
     tasks = {}
     for column in rows[0]:
-        if column not in (*VIEWS, "case", "split", "patient", "patient_id", "where", *METADATA):
+        if column not in (*VIEWS, "mask", "case", "split", "patient", "patient_id", "where", *METADATA):
             classes = {row[column] for row in rows} - {""}
             clear = len(classes) == len(set(map(same_text, classes))) and "/" not in column
             require(clear, f"{table}, {column}: a / in the name, or classes that differ only in case, spaces or .0")
@@ -284,7 +314,10 @@ def check_splits(release, path):
     if twins:
         release.notes.append(f"WARNING: one photo stands for two, in {listed(twins)}")
     if not release.split.any():
-        release.split = make_split(release.labels[:, 0], group, path)
+        tenths = ("test", "test", "valid")  # paper, Sec. 4.2: 0.7 / 0.1 / 0.2
+        if release.kind == "ham":
+            tenths = ("test", "valid")  # MAT, Sec. 3.1: 0.8 / 0.1 / 0.1
+        release.split = make_split(release.labels[:, 0], group, tenths, path)
     leaks = [f"{release.cases[n]} ({release.split[n]}) and {release.cases[group[n]]} ({release.split[group[n]]})"
              for n in np.flatnonzero(release.split != release.split[group])]
     fine = release.published or not leaks
@@ -292,15 +325,15 @@ def check_splits(release, path):
     missing = [split for split in SPLITS if split not in release.split]
     require(not missing, f"{path}: no lesion in {' and '.join(missing)}")
 
-def make_split(classes, group, path):
-    """0.7 / 0.1 / 0.2 of the lesions (paper, Sec. 4.2), stratified, always the same; groups stay together."""
+def make_split(classes, group, tenths, path):
+    """The named tenths of the lesions, the others "train"; stratified, always the same; groups stay together."""
     enough = len(set(group)) >= 10 and np.bincount(classes + 1).max() >= 10
     require(enough, f"{path}: fewer than 10 independent lesions, or of each class; give a column split")
     warnings.filterwarnings("ignore", "The least populated class")  # check_tasks says which class is missing
     folds = StratifiedGroupKFold(10, shuffle=True, random_state=0).split(classes, classes, group)
     split = np.full(len(classes), "train")
-    for name, (_, tenth) in zip(("test", "test", "valid"), folds):
-        split[tenth] = name
+    for name, (_, rows) in zip(tenths, folds):
+        split[rows] = name
     return split
 
 def check_tasks(release, path):
@@ -336,8 +369,8 @@ def decode(path, size):
         raise DataError(f"{path}: {error}") from error
 
 def decode_all(files, size, cache):
-    """All photos, (len(files), size, size, 3) uint8, and the hash of each file. The photos are kept in `cache`, in a
-    file named after a hash of their contents: a changed or added photo is decoded anew."""
+    """All photos, (len(files), size, size, 3) uint8, and file -> hash of its bytes. The photos are kept in `cache`, in
+    a file named after a hash of their contents: a changed or added photo is decoded anew."""
     contents = [digest(file.read_bytes()) if file.is_file() else "" for file in files]
     path = Path(cache) / f"{size}-{digest(f'{PILLOW} {contents}'.encode())}.npy"
     if not path.exists():
@@ -353,6 +386,7 @@ def decode_all(files, size, cache):
         require(not problems, "photos are missing or broken, restore or remove them:" + "".join(problems))
         with whole(path) as temporary, open(temporary, "wb") as file:
             np.save(file, pixels)
+    contents = dict(zip(map(str, files), contents))
     return np.load(path, mmap_mode="c"), contents  # "c": what is changed stays in memory
 
 @contextmanager
@@ -376,9 +410,16 @@ def whole(path):
 # ------------------------------------------------------------------------------------------------- what a network reads
 
 def as_inputs(pixels, views):
-    """Pixels (B, V, S, S, 3) from 0 to 255 -> a dict view -> (B, 3, S, S) float32, normalised as ImageNet's photos."""
+    """Pixels (B, V, S, S, 3) from 0 to 255 -> a dict view -> (B, 3, S, S) float32, normalised as ImageNet's photos; for
+    a mask (B, 1, S, S), 1 inside the lesion."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
-    return {view: (pixels[:, v].permute(0, 3, 1, 2) / 255 - mean) / std for v, view in enumerate(views)}
+    inputs = {}
+    for v, view in enumerate(views):
+        x = pixels[:, v].permute(0, 3, 1, 2) / 255
+        inputs[view] = (x - mean) / std
+        if view == "mask":
+            inputs[view] = (x[:, :1] > 0.5).float()
+    return inputs
 
 def augment(pixels, views, generator):
     """as_inputs after the paper's augmentation (Sec. 4.1), the whole batch at once. `generator` is on the CPU.
@@ -405,10 +446,38 @@ def augment(pixels, views, generator):
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False).view(B, V, 3, S, S)
 
     lit = coin((B, V, 1, 1, 1))
+    if "mask" in views:
+        lit[:, views.index("mask")] = 0
     contrast = 1 + lit * between(-0.2, 0.2, B, V, 1, 1, 1)
     brightness = 255 * lit * between(-0.2, 0.2, B, V, 1, 1, 1)
     x = (x * contrast.to(x.device) + brightness.to(x.device)).clamp(0, 255)
     return as_inputs(x.permute(0, 1, 3, 4, 2), views)
+
+def word(column, text):
+    """What is known of a patient as one word, the same in every release: "age from 40", "site lower extremity"."""
+    if column in ("localization", "location", "anatom_site_general"):
+        column = "site"
+    column = column.removesuffix("_approx")
+    text = same_text(text.replace("_", " "))
+    if column == "age" and text.replace(".", "").isdecimal():
+        text = f"from {int(float(text)) // 20 * 20}"  # bands of 20 years (ours)
+    return f"{column} {text}"
+
+def make_vocabulary(release):
+    """The words of the training split, sorted. Number 0 is no word, number 1 begins the words of every lesion."""
+    learned = set()
+    for column, texts in release.metadata.items():
+        learned |= {word(column, texts[n]) for n in release.rows("train") if texts[n]}
+    return ["", "begin", *sorted(learned)]
+
+def as_words(metadata, vocabulary, N):
+    """The numbers (N, m) int64 of each lesion's words: those that the vocabulary has, then zeros."""
+    words = np.zeros((N, 1 + len(metadata)), np.int64)
+    for n in range(N):
+        known = [word(column, texts[n]) for column, texts in metadata.items() if texts[n]]
+        numbers = [1, *(vocabulary.index(each) for each in known if each in vocabulary)]
+        words[n, :len(numbers)] = numbers
+    return words
 
 # --------------------------------------------------------------------------------------------------- the synthetic SPC
 
@@ -429,7 +498,7 @@ def synthesize(folder, cases=1011, height=256, seed=0):
         for name, picture in zip(names, draw_lesion(signs, rng, height)):
             Image.fromarray(picture).save(images / name, quality=92)
         labels = [rng.choice(classes[signs[task]]) for task, (_, classes) in SPC.items()]  # one of the class's strings
-        table.append([n + 1, *names[:2], *labels, rng.choice(["female", "male"]), "synthetic"])
+        table.append([10_000 * seed + n + 1, *names[:2], *labels, rng.choice(["female", "male"]), "synthetic"])
     with open(meta / "meta.csv", "w", newline="") as file:
         csv.writer(file).writerows(table)
     ends = [round(cases * 413 / 1011), round(cases * 616 / 1011)]  # the published shares

@@ -1,7 +1,7 @@
 """Evaluate: a run's predictions become the paper's tables, honest statistics, and an answer for one lesion.
 
     python evaluate.py RUN                    the tables of a run, from the files in its folder
-    python evaluate.py RUN --data NEW         the same for all lesions of a release that the run has not learned from
+    python evaluate.py RUN --data NEW         another release: all of its lesions that the run has not learned
     python evaluate.py RUN RUN ...            mean and standard deviation; other flags than the seed side by side
     python evaluate.py RUN --against OTHER    is the difference more than chance?
     python evaluate.py RUN --compare-paper    the figures of the PEMM paper beside ours
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from scipy import optimize, special
 from sklearn import metrics
 from torchvision.transforms.functional import gaussian_blur
 
@@ -31,7 +31,8 @@ from loss import branch_loss
 
 STEPS = 20  # branch weights are multiples of 1/20 (ours: 203 validation cases cannot tell finer)
 RESAMPLES = 1000  # of the bootstrap (ours)
-MEANS = {"mean_auc": "AUC", "mean_accuracy": "accuracy", "mean_macro_f1": "macro F1"}
+MEANS = {"mean_auc": "AUC", "mean_accuracy": "accuracy", "mean_macro_f1": "macro F1", "mean_ap": "AP", "lrap": "LRAP",
+         "jaccard": "Jaccard", "dice": "Dice"}
 # The paper's PEMM, %: Tables 1 and 2, means last. These are its best runs; the mean of five is 87.1 and 76.8 (Table 5).
 PAPER = {
     "auc": [94.7, 93.0, 90.8, 94.9, 91.7, 86.7, 83.8, 90.1, 84.4, 79.4, 86.1, 84.9, 80.7, 84.0, 93.9, 88.5, 85.4, 87.6],
@@ -45,35 +46,55 @@ class RunError(ValueError):
     """A run's folder that cannot be used. The message says why and what to do."""
 
 # N lesions. tasks: task -> class names; cases (N,); split (N,): "valid" or "test"; labels (N, T): -1 unknown; metadata:
-# column -> (N,) strings; branches: branch -> probabilities (N, K), the tasks side by side.
-Predictions = namedtuple("Predictions", "tasks cases split labels metadata branches")
+# column -> (N,) strings; branches: branch -> probabilities (N, K), the tasks side by side; overlaps of found masks with
+# given ones: "jaccard" and "dice" -> (N,).
+Predictions = namedtuple("Predictions", "tasks cases split labels metadata branches overlaps")
 
-def part(p, split):
+def of_split(p, split):
+    """The branches and the labels of the lesions of a split."""
     rows = p.split == split
     return {branch: values[rows] for branch, values in p.branches.items()}, p.labels[rows]
 
+def answer_of(branches):
+    """The last branch answers: "weighted", or the only one."""
+    return list(branches.values())[-1]
+
 @torch.inference_mode()
-def predict(network, pixels, views, device, amp, batch_size=48):
-    """Probabilities of lesions whose photos are `pixels`, (N, V, S, S, 3): branch -> (N, K) float64."""
+def predict(network, pixels, views, words, device, amp):
+    """Answers for lesions with `pixels` (N, V, S, S, 3) and `words` (N, m): branch -> probabilities (N, K) float64;
+    and, where a mask is found and one is given, "jaccard" and "dice" -> (N,)."""
     network.eval()
-    found = defaultdict(list)
-    for part in torch.as_tensor(pixels).split(batch_size):
-        inputs = data.as_inputs(part.to(device), views)
+    branches, overlaps = defaultdict(list), defaultdict(list)
+    for rows in torch.arange(len(pixels)).split(48):
+        inputs = data.as_inputs(torch.as_tensor(pixels[rows.numpy()]).to(device), views)
+        inputs["words"] = torch.as_tensor(words)[rows].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             outputs = network(*(inputs[name] for name in network.reads))
+        if "mask" in outputs and "mask" in inputs:
+            found, given = (outputs["mask"] > 0).flatten(1), (inputs["mask"] > 0).flatten(1)
+            both, either = (found & given).sum(1), (found | given).sum(1)
+            overlaps["jaccard"].append(torch.where(either > 0, both / either, 1.0))  # nothing, and nothing found: 1
+            overlaps["dice"].append(torch.where(either > 0, 2 * both / (both + either), 1.0))
         for branch, logits in outputs.items():
-            found[branch].append(torch.cat([z.float().cpu().double().softmax(1) for z in logits], 1))
-    return {branch: torch.cat(parts).numpy() for branch, parts in found.items()}
+            if branch != "mask":
+                tasks = [z.float().cpu().double().softmax(1) for z in logits]  # on the CPU: mps has no float64
+                branches[branch].append(torch.cat(tasks, 1))
+    branches = {branch: torch.cat(parts).numpy() for branch, parts in branches.items()}
+    return branches, {name: torch.cat(parts).cpu().double().numpy() for name, parts in overlaps.items()}
 
 def by_task(values, tasks):
-    """(N, K) -> one (N, n_t) array a task."""
-    ends = np.cumsum([len(classes) for classes in tasks.values()])
-    return np.split(values, ends[:-1], 1)
+    """(N, K) -> one (N, n_t) array or tensor a task."""
+    parts, start = [], 0
+    for classes in tasks.values():
+        parts.append(values[:, start:start + len(classes)])
+        start += len(classes)
+    return parts
 
 def fuse(branches, weights, tasks, temperature=1.0):
     """Probabilities (N, K) of the branches' mean logits, weighted as in FusionM4Net, over the temperature."""
     logits = sum(weights[branch] * np.log(np.maximum(values, 1e-300)) for branch, values in branches.items())
-    return np.concatenate([special.softmax(z / temperature, 1) for z in by_task(logits, tasks)], 1)
+    scaled = torch.from_numpy(logits / temperature)
+    return torch.cat([z.softmax(1) for z in by_task(scaled, tasks)], 1).numpy()
 
 def hits(probabilities, labels, tasks):
     """(N, T): is the likeliest class the true one? Masked where the label is unknown, so that means leave it out."""
@@ -81,10 +102,10 @@ def hits(probabilities, labels, tasks):
     return np.ma.masked_array(likeliest == labels, labels < 0)
 
 def search_weights(branches, labels, tasks, rule="near"):
-    """A weight for each branch, the same for all tasks (paper, Sec. 4.1): the triple of the highest mean accuracy; of
-    several the one nearest to equal weights. That is the rule "maximum"; "near", ours, takes all within one standard
-    error of the highest for several, because a few validation lesions cannot tell them apart."""
-    if list(branches) != ["clinical", "dermoscopy", "fusion"]:
+    """A weight for each of three branches, the same for all tasks (paper, Sec. 4.1). "maximum": the triple of highest
+    mean accuracy. "near", ours: of all triples within one standard error of it, which so few validation lesions cannot
+    tell apart, the one nearest to equal weights. Ties go to the nearest in both. Other than three weigh the same."""
+    if len(branches) != 3:
         return dict.fromkeys(branches, 1 / len(branches))
     triples = np.array([(c, d, STEPS - c - d) for c in range(STEPS + 1) for d in range(STEPS + 1 - c)]) / STEPS
     found = [hits(fuse(branches, dict(zip(branches, triple)), tasks), labels, tasks) for triple in triples]
@@ -98,13 +119,21 @@ def search_weights(branches, labels, tasks, rule="near"):
 
 def decide(p, rule="near"):
     """From the validation split alone: the weights, and the temperature of lowest cross-entropy (Guo et al. 2017)."""
-    branches, labels = part(p, "valid")
+    branches, labels = of_split(p, "valid")
+    if not branches:
+        return {"weights": {}, "temperature": 1.0}
     weights = search_weights(branches, labels, p.tasks, rule)
     def cross_entropy(log_t):
         fused = by_task(fuse(branches, weights, p.tasks, np.exp(log_t)), p.tasks)
         return branch_loss([torch.from_numpy(task).log() for task in fused], torch.from_numpy(labels)).item()
-    log_t = optimize.minimize_scalar(cross_entropy, bounds=np.log((0.01, 100))).x
-    return {"weights": weights, "temperature": float(np.exp(log_t))}
+    low, high = np.log(0.01), np.log(100)
+    for _ in range(60):  # it has one valley, so of three thirds of the range one holds no minimum
+        third = (high - low) / 3
+        if cross_entropy(low + third) < cross_entropy(high - third):
+            high -= third
+        else:
+            low += third
+    return {"weights": weights, "temperature": float(np.exp(low))}
 
 # ----------------------------------------------------------------------------------------------- metrics and statistics
 
@@ -125,13 +154,18 @@ def measure(probabilities, labels, tasks):
     for task, _, scores, truth, columns in each_task(probabilities, labels, tasks):
         predicted = scores.argmax(1)
         found["accuracy"][task] = metrics.accuracy_score(truth, predicted)
-        found["macro_f1"][task] = metrics.f1_score(truth, predicted, average="macro", zero_division=0)
+        precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+            truth, predicted, labels=range(len(tasks[task])), zero_division=0)
+        found["macro_f1"][task] = f1[np.union1d(truth, predicted)].mean()
         for k, column in columns.items():
             found["auc"][column] = metrics.roc_auc_score(truth == k, scores[:, k])
-            found["precision"][column] = metrics.precision_score(truth == k, predicted == k, zero_division=0)
-            found["sensitivity"][column] = metrics.recall_score(truth == k, predicted == k)
-            found["specificity"][column] = metrics.recall_score(truth != k, predicted != k)
-    return dict(found) | {f"mean_{name}": float(np.mean(list(each.values()))) for name, each in found.items()}
+            found["ap"][column] = metrics.average_precision_score(truth == k, scores[:, k])
+            found["precision"][column], found["sensitivity"][column] = precision[k], recall[k]
+            found["specificity"][column] = (predicted != k)[truth != k].mean()
+    means = {f"mean_{name}": float(np.mean(list(each.values()))) for name, each in found.items()}
+    if len(tasks) == 1 and means:  # MAT's Table 1
+        means["lrap"] = float(metrics.label_ranking_average_precision_score(np.eye(scores.shape[1])[truth], scores))
+    return dict(found) | means
 
 def resamples(labels):
     """How often each lesion counts, (1 + R, N): first once, then as drawn, always the same, so that runs can be paired.
@@ -160,13 +194,13 @@ def bootstrap(probabilities, labels, tasks):
             found["mean_auc"].append(resampled_auc(scores[:, k], truth == k, count))
     return {name: np.ma.stack(values) for name, values in found.items()}
 
-def interval(columns):
-    return np.percentile(columns[:, 1:].mean(0).compressed(), (2.5, 97.5)).tolist()  # the middle 95% of the mean
+def interval(samples):
+    return np.percentile(samples[:, 1:].mean(0).compressed(), (2.5, 97.5)).tolist()  # the middle 95% of the mean
 
 def difference(p, other):
     """Paired bootstrap of two runs' answers on the same test lesions: mean -> [difference, low, high]."""
-    (ours, labels), (theirs, _) = part(p, "test"), part(other, "test")
-    found = [bootstrap(list(each.values())[-1], labels, p.tasks) for each in (ours, theirs)]
+    (ours, labels), (theirs, _) = of_split(p, "test"), of_split(other, "test")
+    found = [bootstrap(answer_of(each), labels, p.tasks) for each in (ours, theirs)]
     gaps = {name: found[0][name] - found[1][name] for name in found[0]}
     return {name: [float(gap[:, 0].mean()), *interval(gap)] for name, gap in gaps.items()}
 
@@ -179,13 +213,10 @@ def calibration_error(probabilities, labels, tasks):
 
 def subgroups(p):
     """The answer's test metrics for each value of each column of metadata; ages in bands of 20 years."""
-    groups, answer = defaultdict(list), list(p.branches.values())[-1]
+    groups, answer = defaultdict(list), answer_of(p.branches)
     for column, texts in p.metadata.items():
         for n in np.flatnonzero(p.split == "test"):
-            text = texts[n] or "not given"
-            if column.startswith("age") and text.replace(".", "").isdecimal():
-                text = f"from {int(float(text)) // 20 * 20}"
-            groups[f"{column} {text}"].append(n)
+            groups[data.word(column, texts[n] or "not given")].append(n)
     return {group: {"lesions": len(rows)} | measure(answer[rows], p.labels[rows], p.tasks)
             for group, rows in sorted(groups.items())}
 
@@ -197,7 +228,8 @@ def load_checkpoint(path, device="cpu"):
         raise RunError(f"{path}: missing or damaged ({error}). Not finished? train.py --resume goes on") from error
 
 def load_network(saved, device):
-    network = model.make(saved["flags"], [len(classes) for classes in saved["tasks"].values()]).to(device).eval()
+    num_classes = [len(classes) for classes in saved["tasks"].values()]
+    network = model.make(saved["flags"], num_classes, len(saved["vocabulary"])).to(device).eval()
     network.load_state_dict(saved["state"])
     return network
 
@@ -214,8 +246,10 @@ def column_names(branch, tasks):
     return [f"{branch}/{task}/{name}" for task, classes in tasks.items() for name in classes]
 
 def write_predictions(path, p, branches):
-    """A row a lesion: case, split, metadata, its classes, branch/task/class probabilities with all their digits."""
+    """A row a lesion: case, split, metadata, overlaps, its classes, branch/task/class probabilities with all digits."""
     table = {"case": p.cases, "split": p.split} | p.metadata
+    for name, values in p.overlaps.items():
+        table[name] = values.tolist()
     for t, (task, classes) in enumerate(p.tasks.items()):
         table[task] = np.array([*classes, ""])[p.labels[:, t]]  # -1, unknown, is the last one
     for branch, values in branches.items():
@@ -224,56 +258,83 @@ def write_predictions(path, p, branches):
     csv.writer(text, lineterminator="\n").writerows([list(table), *zip(*table.values())])
     write(path, text.getvalue())
 
-def read_predictions(run, saved, branches=None):
-    """The validation and test lesions that model.pt knows, with the probabilities of predictions.csv or with others."""
+def lesions_of(saved):
+    """The validation and test lesions that model.pt knows, still without an answer."""
     tested = np.array(saved["split"]) != "train"
     cases, split, labels = (np.array(saved[name])[tested] for name in ("cases", "split", "labels"))
     metadata = {column: np.array(texts)[tested] for column, texts in saved["metadata"].items()}
-    p = Predictions(saved["tasks"], cases, split, labels, metadata, branches or {})
-    if branches:
-        return p
-    path = Path(run) / "predictions.csv"
+    return Predictions(saved["tasks"], cases, split, labels, metadata, {}, {})
+
+def read_predictions(run, saved):
+    """The answers in predictions.csv for the lesions that model.pt knows, whatever the order of its rows."""
+    path, p = Path(run) / "predictions.csv", lesions_of(saved)
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, strict=True))
-        if sorted(row["case"] for row in rows) != sorted(cases):
-            raise ValueError(f"{len(rows)} rows, not one for each of {len(cases)} lesions")
+        if sorted(row["case"] for row in rows) != sorted(p.cases):
+            raise ValueError(f"{len(rows)} rows, not one for each of {len(p.cases)} lesions")
         by_case = {row["case"]: row for row in rows}
+        def values(*columns):
+            return np.array([[float(by_case[case][column]) for column in columns] for case in p.cases])
+        for name in {"jaccard", "dice"} & rows[0].keys():
+            p.overlaps[name] = values(name)[:, 0]
         for branch in dict.fromkeys(name.split("/")[0] for name in rows[0] if "/" in name):
             if branch not in ("equal", "weighted", "calibrated"):
-                names = column_names(branch, p.tasks)
-                p.branches[branch] = np.array([[float(by_case[case][name]) for name in names] for case in cases])
+                p.branches[branch] = values(*column_names(branch, p.tasks))
     except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise RunError(f"{path} is not as it was written ({error}); --data with the run's own data mends it") from error
     return p
 
 def finish(folder, p, decided):
-    """Joins the branches, writes predictions.csv and, where labels are known, results.json; returns what it holds."""
-    network, weights = dict(p.branches), decided["weights"]
-    if len(network) > 1:
-        p.branches["equal"] = fuse(network, dict.fromkeys(network, 1 / len(network)), p.tasks)
-        p.branches["weighted"] = fuse(network, weights, p.tasks)
-    calibrated = fuse(network, weights, p.tasks, decided["temperature"])
-    write_predictions(folder / "predictions.csv", p, p.branches | {"calibrated": calibrated})
-    if (p.labels < 0).all():
+    """Adds equal and weighted to p.branches, writes predictions.csv and, where labels are known, results.json, whose
+    contents it returns."""
+    own, weights, calibrated = dict(p.branches), decided["weights"], {}  # own: of the network
+    if len(own) > 1:
+        p.branches["equal"] = fuse(own, dict.fromkeys(own, 1 / len(own)), p.tasks)
+        p.branches["weighted"] = fuse(own, weights, p.tasks)
+    if own:
+        calibrated["calibrated"] = fuse(own, weights, p.tasks, decided["temperature"])
+    write_predictions(folder / "predictions.csv", p, p.branches | calibrated)
+    if (p.labels < 0).all() and not p.overlaps:
         return None
-    results = {"decided": decided}
+    results = {"decided": decided, "overlaps": {}, "incomplete": 0, "calibration_error": [], "subgroups": {}}
     for split in sorted(set(p.split)):
-        branches, labels = part(p, split)
-        results[split] = {branch: measure(values, labels, p.tasks) for branch, values in branches.items()}
-    test, (branches, labels) = p.split == "test", part(p, "test")
-    for branch, answer in branches.items():
+        branches, labels = of_split(p, split)
+        results[split] = {}
+        if (labels >= 0).any():
+            results[split] = {branch: measure(values, labels, p.tasks) for branch, values in branches.items()}
+    test, (branches, labels) = p.split == "test", of_split(p, "test")
+    for branch in results["test"]:
+        answer = branches[branch]
         resampled = bootstrap(answer, labels, p.tasks)
-        results["test"][branch]["intervals"] = {name: interval(columns) for name, columns in resampled.items()}
-    results["incomplete"] = max(int(np.ma.getmaskarray(columns).any(0).sum()) for columns in resampled.values())
-    results["calibration_error"] = [calibration_error(each, labels, p.tasks) for each in (answer, calibrated[test])]
-    results["subgroups"] = subgroups(p)
+        results["test"][branch]["intervals"] = {name: interval(samples) for name, samples in resampled.items()}
+    if results["test"]:
+        results["incomplete"] = max(int(np.ma.getmaskarray(samples).any(0).sum()) for samples in resampled.values())
+        both = (answer, calibrated["calibrated"][test])
+        results["calibration_error"] = [calibration_error(each, labels, p.tasks) for each in both]
+        results["subgroups"] = subgroups(p)
+    for name, values in p.overlaps.items():
+        counts = resamples(labels)
+        samples = np.ma.masked_array(counts @ values[test] / counts.sum(1))[None]  # (1, 1 + R)
+        results["overlaps"][name] = [float(samples[0, 0]), *interval(samples)]
     write(folder / "results.json", json.dumps(results, indent=1))
     return results
 
-def evaluate_run(run, branches=None, rule="near"):
-    """(results, Predictions) of a run, from its predictions.csv or from new probabilities."""
-    p = read_predictions(run, load_checkpoint(Path(run) / "model.pt"), branches)
+def answers(network, saved, release, rows, device):
+    """What predict says of some rows of a release."""
+    words = data.as_words(release.metadata, saved["vocabulary"], len(release.cases))
+    return predict(network, release.pixels[rows], release.views, words[rows], device, saved["flags"]["amp"])
+
+def evaluate_run(run, release=None, device="cpu", rule="near"):
+    """(results, Predictions) of a run: from its predictions.csv or, with its own release, predicted anew."""
+    saved = load_checkpoint(Path(run) / "model.pt", device)
+    if release:
+        p, place = lesions_of(saved), {case: n for n, case in enumerate(release.cases)}
+        rows = [place[case] for case in p.cases]
+        branches, overlaps = answers(load_network(saved, device), saved, release, rows, device)
+        p = p._replace(branches=branches, overlaps=overlaps)
+    else:
+        p = read_predictions(run, saved)
     return finish(Path(run), p, decide(p, rule)), p
 
 def evaluate_new(run, path, cache, device, rule="near"):
@@ -281,12 +342,12 @@ def evaluate_new(run, path, cache, device, rule="near"):
     predicted again. Of any other, all that the run has not learned from are tested with its weights and temperature."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
     network, flags, learned = load_network(saved, device), saved["flags"], np.array(saved["split"]) == "train"
-    release = data.read(path, flags["image_size"], cache, to_train=False)
-    if not set(network.reads) <= set(release.views):
+    release = data.read(path, flags["image_size"], cache, to_train=False, masks=flags["model"] == "clnet")
+    if not set(network.reads) <= {*release.views, "words"}:
         raise RunError(f"{run} reads {' and '.join(network.reads)}; {path} has only {' and '.join(release.views)}")
     if release.fingerprint == saved["release"]:
         print(f"{path}: the run's own release. Its validation and test lesions are predicted again")
-        return evaluate_run(run, predict(network, release.pixels[~learned], release.views, device, flags["amp"]), rule)
+        return evaluate_run(run, release, device, rule)
     by_name = np.isin(release.cases, np.array(saved["cases"])[learned])
     by_photo = np.isin(release.digests, np.array(saved["digests"])[learned]).any(1)
     new = ~by_name & ~by_photo
@@ -296,9 +357,9 @@ def evaluate_new(run, path, cache, device, rule="near"):
     print(f"{path}: {len(labels)} of {len(new)} lesions are tested, {(labels >= 0).any(1).sum()} labelled; the run has "
           f"learned from {by_name.sum()} by name, {by_photo.sum()} by photo. Its weights and temperature. See {folder}")
     metadata = {column: np.array(texts)[new] for column, texts in release.metadata.items()}
-    branches = predict(network, release.pixels[new], release.views, device, flags["amp"])
     cases, split = np.array(release.cases)[new], np.full(len(labels), "test")
-    p = Predictions(saved["tasks"], cases, split, labels, metadata, branches)
+    found = answers(network, saved, release, new, device)
+    p = Predictions(saved["tasks"], cases, split, labels, metadata, *found)
     return finish(folder, p, decide(read_predictions(run, saved), rule)), p
 
 def labels_for(tasks, release):
@@ -325,8 +386,15 @@ def print_table(title, header, rows):
 def print_tables(results, compare=False):
     """Tables 1, 2 and 4 of the paper for the test split, and more; with `compare` the paper's PEMM beside ours."""
     test, decided = results["test"], results["decided"]
+    for name, values in results["overlaps"].items():
+        middle, low, high = (f"{100 * value:.1f}" for value in values)
+        print(f"{MEANS[name]} of the masks {middle}% (95% from {low} to {high})")
+    if not test:
+        return
     answer, found = list(test.items())[-1]
     titles = {"auc": "Table 1: AUC (%)", "accuracy": "Table 2: accuracy (%)", "macro_f1": "macro F1 (%)"}
+    if len(found["accuracy"]) == 1:
+        titles["ap"] = "average precision (%)"
     for metric, title in titles.items():
         header, mean = list(test), f"mean_{metric}"
         rows = {column: [each[metric][column] for each in test.values()] for column in found.get(metric, [])}
@@ -346,9 +414,10 @@ def print_tables(results, compare=False):
             if compare:
                 rows[column + " paper"] = [true / (true + false), true / positives, 1 - false / (395 - positives)]
         print_table(f"Table 4: {answer} (%)", rates, rows)
+    means = [name for name in MEANS if name in found]
     groups = results["subgroups"].items()
-    rows = {group: [each["lesions"], *(each.get(mean, "") for mean in MEANS)] for group, each in groups}
-    print_table(f"subgroups, {answer} (%)", ["lesions", *MEANS.values()], rows)
+    rows = {group: [each["lesions"], *(each.get(name, "") for name in means)] for group, each in groups}
+    print_table(f"subgroups, {answer} (%)", ["lesions", *(MEANS[name] for name in means)], rows)
     weights = [f"{branch} {weight:.2f}" for branch, weight in decided["weights"].items()]
     before, after = results["calibration_error"]
     print(f"{results['incomplete']} of {RESAMPLES} resamples lack a class; their mean AUC is without it\n"
@@ -358,60 +427,77 @@ def print_tables(results, compare=False):
 def print_groups(saved, results):
     """Mean and standard deviation of the runs' answers, a row for each setting of the flags that make a method."""
     groups, rows = defaultdict(list), {}
+    measured = results[0]["overlaps"].keys() | {name for branch in results[0]["test"].values() for name in branch}
+    means = [name for name in MEANS if name in measured]
     for each, result in zip(saved, results):
         setting = [f"{flag} {value}" for flag, value in each["flags"].items()
                    if flag not in ("seed", "out", "resume", "data", "cache", "device")
                    and any(other["flags"].get(flag) != value for other in saved)]
-        found = list(result["test"].values())[-1]
-        groups[", ".join(setting) or "all runs"].append([100 * found.get(name, np.nan) for name in MEANS])
+        found = {name: values[0] for name, values in result["overlaps"].items()}
+        for branch in result["test"].values():  # the last one is the answer
+            found |= branch
+        groups[", ".join(setting) or "all runs"].append([100 * found.get(name, np.nan) for name in means])
     for setting, values in groups.items():
         deviation = np.std(values, 0, ddof=min(1, len(values) - 1))
         rows[setting] = [len(values), *map("{:.1f} ± {:.1f}".format, np.mean(values, 0), deviation)]
-    print_table("mean ± standard deviation (%)", ["runs", *MEANS.values()], rows)
+    print_table("mean ± standard deviation (%)", ["runs", *(MEANS[name] for name in means)], rows)
 
-def one_lesion(run, paths, device, rule="near"):
-    """Prints the answer for the photos `paths`, view -> path, and returns it: task -> {class: probability}. In the
-    picture each is followed by what counts in it, the blurred size of the gradient of the answer's log-probability,
-    and by what the place that counts most reads by attention after the second stage."""
+def one_lesion(run, paths, about, device, rule="near"):
+    """Prints the answer for the photos `paths`, view -> path, and the patient `about`, column -> [text]. Returns it:
+    task -> {class: probability}. In the picture each photo is followed by what counts in it, by what the place that
+    counts most reads in the other by attention after the second stage, and by the outline that was found."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
     network, decided = load_network(saved, device), decide(read_predictions(run, saved), rule)
-    weights, size = decided["weights"], saved["flags"]["image_size"]
+    weights, size, vocabulary = decided["weights"], saved["flags"]["image_size"], saved["vocabulary"]
     photos = {view: data.decode(Path(path), size) for view, path in paths.items()}
-    used = [view for view in network.reads if view in photos]
+    needed = [name for name in network.reads if name != "words"]
+    used = [view for view in needed if view in photos]
     if not used:
-        raise RunError(f"{run} needs the {' and the '.join(network.reads)} photo")
+        raise RunError(f"{run} needs the {' and the '.join(needed)} photo")
     if len(photos) == 2 and np.array_equal(*photos.values()):
         print("WARNING: both photos are one and the same picture")
-    if len(used) < max(len(photos), len(network.reads)):
+    if len(used) < len(photos):
+        print(f"only the {used[0]} photo is used: this run does not look at the other one")
+    if len(used) < len(needed):
         print(f"only the {used[0]} photo is used: its own branch answers")
         weights = {used[0]: 1.0}
+    for column, (text,) in about.items():
+        if "words" not in network.reads or data.word(column, text) not in vocabulary:
+            print(f"WARNING: this run has not learned the word {data.word(column, text)!r}; it is left out")
+
     pixels = torch.tensor(np.stack([photos[view] for view in used]), device=device)[None].float().requires_grad_()
     inputs = data.as_inputs(pixels, used)
-    maps = []  # what enters the second stage's attention
+    inputs["words"] = torch.from_numpy(data.as_words(about, vocabulary, 1)).to(device)
+    seen = []  # what enters the second stage's attention
     if getattr(network, "attentions", None):
-        network.attentions[1].register_forward_pre_hook(lambda module, entering: maps.extend(entering))
-    outputs = network(*(inputs.get(view, inputs[used[0]]) for view in network.reads))
-    total, answer, text = 0, {}, ""
+        network.attentions[1].register_forward_pre_hook(lambda module, maps: seen.extend(maps))
+    outputs = network(*(inputs.get(name, inputs[used[0]]) for name in network.reads))
+    total, answer, text = 0 * pixels.sum(), {}, ""
     for t, (task, classes) in enumerate(saved["tasks"].items()):
-        logits = sum(weight * outputs[branch][t].log_softmax(1) for branch, weight in weights.items())
-        p = (logits / decided["temperature"]).softmax(1)[0]
-        total = total + p.max().log()
-        answer[task] = {name: float(p[k]) for k, name in enumerate(classes)}
-        shown = "  ".join(f"{name} {100 * value:.0f}%" for name, value in answer[task].items())
-        text += f"{task}: {classes[p.argmax()]}   ({shown})\n"
+        if weights:
+            logits = sum(weight * outputs[branch][t].log_softmax(1) for branch, weight in weights.items())
+            p = (logits / decided["temperature"]).softmax(1)[0]
+            total = total + p.max().log()
+            p = p.detach()
+            answer[task] = {name: float(p[k]) for k, name in enumerate(classes)}
+            shown = "  ".join(f"{name} {100 * value:.0f}%" for name, value in answer[task].items())
+            text += f"{task}: {classes[p.argmax()]}   ({shown})\n"
     total.backward()
-    panels, heat = [], gaussian_blur(pixels.grad[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S)
-    for view, counts in zip(used, heat):
-        panels += [photos[view], overlay(photos[view], counts)]
-        if maps and len(used) == 2:
-            row, column = divmod(int(counts.argmax()), size)
-            H, W = maps[network.reads.index(view)].shape[2:]
-            reads = network.attentions[1].weights_at(*maps, row * H // size, column * W // size)
+    panels, heats = [], gaussian_blur(pixels.grad[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S)
+    for view, heat in zip(used, heats):
+        panels += [photos[view], overlay(photos[view], heat)]
+        if len(used) == 2 and seen:
+            row, column = divmod(int(heat.argmax()), size)
+            H, W = seen[network.reads.index(view)].shape[2:]
+            reads = network.attentions[1].attention_at(*seen, row * H // size, column * W // size)
             read_from = photos[used[1 - used.index(view)]]
-            if saved["flags"].get("reading") == "swapped":  # see shared_attention.py
+            if saved["flags"]["reading"] == "swapped":  # see shared_attention.py
                 read_from = photos[view]
             if view in reads:
                 panels.append(overlay(read_from, reads[view][0]))
+        if "mask" in outputs:
+            inside = (outputs["mask"][0, 0] > 0).float()
+            panels.append(overlay(photos[view], F.max_pool2d(inside[None], 3, 1, 1)[0] - inside))
     picture = Image.new("RGB", (1320, 240 + 20 * len(answer)), "white")
     picture.paste(Image.fromarray(np.concatenate(panels, 1)).resize((220 * len(panels), 220)))
     ImageDraw.Draw(picture).text((10, 230), text, "black", ImageFont.load_default(14), spacing=4)
@@ -438,7 +524,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="The paper's tables from a run's predictions; an answer for a lesion.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a finished run")
-    add("--data", metavar="PATH", help="predict this release: the run's own, or all of another one")
+    add("--data", metavar="PATH", help="predict the run's own release, or another but for what was learned")
     add("--cache", default="runs/cache", metavar="DIR", help="folder of the decoded photos [%(default)s]")
     add("--device", help="where to predict [cuda, else mps, else cpu]")
     add("--rule", default="near", choices=["near", "maximum"], help="how weights are chosen, see search_weights")
@@ -446,11 +532,15 @@ def main(argv=None):
     add("--against", nargs=1, default=[], metavar="OTHER", help="paired bootstrap of the difference from this run")
     for view in data.VIEWS:
         add(f"--{view}", metavar="PHOTO", help="a photo of one lesion")
+    add("--about", nargs="+", default=[], metavar="WORD", help="one lesion: its patient, such as age=45 sex=female")
     args = parser.parse_args(argv)
     device, runs = find_device(args.device), args.runs + args.against
     paths = {view: getattr(args, view) for view in data.VIEWS if getattr(args, view)}
+    if paths and (args.data or args.compare_paper or len(runs) > 1):
+        parser.error("--clinical and --dermoscopy ask one run about one lesion, and nothing else")
     if paths:
-        return one_lesion(runs[0], paths, device, args.rule)
+        about = {column: [text] for column, _, text in (each.partition("=") for each in args.about)}
+        return one_lesion(runs[0], paths, about, device, args.rule)
     saved = [load_checkpoint(Path(run) / "model.pt") for run in runs]
     if len({(each["release"], *each["split"]) for each in saved}) > 1:
         raise RunError(f"{', '.join(runs)} have different lesions; look at them one by one")
@@ -465,7 +555,7 @@ def main(argv=None):
         print_groups(saved[:len(args.runs)], [each for each, _ in found])
     elif results:
         print_tables(results, args.compare_paper)
-    if results and args.against:
+    if results and results["test"] and args.against:
         for name, values in difference(p, found[-1][1]).items():
             gap, low, high = (f"{100 * value:+.1f}" for value in values)
             print(f"{MEANS[name]}: {runs[0]} - {runs[-1]} = {gap} points, 95% interval {low} to {high}")

@@ -1,4 +1,4 @@
-"""The biased loss (Sec. 3.3, Eq. 1 to 3 of the PEMM paper).
+"""The biased loss of PEMM (its Sec. 3.3, Eq. 1 to 3), and the focal and dice losses of CLNet.
 
     Eq. 1   L = (L_C + L_D + L_F) / 3                          equal
     Eq. 2   L = W_C L_C + W_D L_D + W_F L_F
@@ -16,16 +16,26 @@ import torch
 import torch.nn.functional as F
 
 PAPER_W = 0.1  # paper, Sec. 4.1 and Table 7
+GAMMA = 2.0  # of the focal loss (Lin et al. 2017, their best)
 
-def branch_loss(logits, labels):
-    """Mean over tasks of the mean cross-entropy over the known labels: T x (B, n_t) and (B, T) int64 -> a scalar."""
+def focal(cross_entropy, gamma=GAMMA):
+    """(1 - p)^gamma * -log p, p the probability of the truth: easy cases count less (Lin et al. 2017, Eq. 4)."""
+    p = torch.exp(-cross_entropy)
+    return (1 - p) ** gamma * cross_entropy
+
+def branch_loss(logits, labels, gamma=0.0):
+    """Mean over tasks of the mean cross-entropy (gamma 0) or focal loss over the known labels: T x (B, n_t) and (B, T)
+    int64 -> a scalar."""
     if labels.shape != (len(logits[0]), len(logits)) or labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, not int64 {(len(logits[0]), len(logits))}")
     losses, known = [], []
     for t, z in enumerate(logits):
         y = labels[:, t]
         n = (y >= 0).sum()
-        losses.append(F.cross_entropy(z, y, ignore_index=-1, reduction="sum") / n.clamp(min=1))
+        costs = F.cross_entropy(z, y, ignore_index=-1, reduction="none")  # (B,), 0 where y is unknown
+        if gamma > 0:
+            costs = focal(costs, gamma)
+        losses.append(costs.sum() / n.clamp(min=1))
         known.append(n > 0)
     return torch.stack(losses).sum() / torch.stack(known).sum().clamp(min=1)  # a loss of no labels is 0
 
@@ -49,6 +59,24 @@ def biased_loss(outputs, labels, w=PAPER_W):
 def equal_loss(outputs, labels):
     """Eq. 1."""
     return weighted_loss(outputs, labels, {"clinical": 1 / 3, "dermoscopy": 1 / 3, "fusion": 1 / 3})
+
+def dice_loss(logits, mask):
+    """1 - Dice, mean over lesions: (B, 1, H, W) logits and masks of 0 and 1 (Milletari et al. 2016). Ours: 1 added
+    above and below, so that an empty mask that is found empty costs nothing."""
+    p = logits.sigmoid().flatten(1)
+    g = mask.flatten(1)
+    return (1 - (2 * (p * g).sum(1) + 1) / (p.sum(1) + g.sum(1) + 1)).mean()
+
+def clnet_loss(outputs, labels, mask):
+    """CLNet, Sec. 3.1: focal for the classes, focal + dice for the mask (B, 1, H, W). Returns as weighted_loss."""
+    parts = {}
+    if "dermoscopy" in outputs:
+        parts["dermoscopy"] = branch_loss(outputs["dermoscopy"], labels, GAMMA)
+    if "mask" in outputs:
+        z = outputs["mask"].float()
+        pixels = F.binary_cross_entropy_with_logits(z, mask, reduction="none")
+        parts["mask"] = focal(pixels).mean() + dice_loss(z, mask)
+    return sum(parts.values()), {branch: part.detach() for branch, part in parts.items()}
 
 def main():
     # Two lesions, two tasks of two classes; log(e^a / (e^a + e^b)) = -log(1 + e^(b - a)).

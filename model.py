@@ -10,7 +10,8 @@ features and from both. The switches of `PEMM` are the rows of Tables 5 and 6:
     encoder="shared",   fusion="sca"       PS + SCA = PEMM
     classifiers="shared"                   one classifier for the clinical and the dermoscopy branch
 
-Every model names its inputs in `reads` and returns a dict from branch to a list of T logit tensors (B, n_t):
+Every model names its inputs in `reads` and returns a dict from branch to a list of T logit tensors (B, n_t); CLNet also
+a "mask", one tensor:
 
     outputs = network(*(inputs[name] for name in network.reads))
     outputs["fusion"][0]                   the fusion branch's logits of the first task
@@ -20,10 +21,12 @@ Shapes: B lesions, T tasks, n_t classes of task t, C_4 channels of the last stag
 Run `python model.py` to see the parameter columns of Tables 3, 5, 6, 8 and 9, the paper's beside ours.
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 import backbones
-from shared_attention import CrossAttention
+from shared_attention import AsymmetricAttention, CrossAttention
 
 SPC_CLASSES = (5, 3, 3, 3, 2, 3, 2, 3)  # DIAG PN STR PIG RS DaG BWV VS: 24 outputs
 
@@ -76,8 +79,8 @@ class PEMM(nn.Module):
         if classifiers == "separate":
             self.classifiers.append(Classifier(channels[-1], num_classes))
         self.fusion_classifier = Classifier(2 * channels[-1], num_classes)
-        # A shared encoder takes both photos as one batch, which is the same and faster, unless it has batch norm
-        # (ResNet, DenseNet): there the paper's two passes normalise each modality by its own statistics.
+        # A shared encoder takes both photos as one batch: the same, but faster. Not so with batch norm (ResNet,
+        # DenseNet, MobileNet): in two passes, training normalises each modality by its own statistics.
         batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.encoders.modules())
         self.one_batch = encoder == "shared" and not batch_norm
 
@@ -90,14 +93,14 @@ class PEMM(nn.Module):
     def features(self, clinical, dermoscopy):
         """The pooled features of both photos, (B, C_4) each."""
         encoder_c, encoder_d = self.encoders[0], self.encoders[-1]  # the same one if it is shared
-        c, d = self.both(encoder_c.stem, encoder_d.stem, clinical, dermoscopy)
+        c, d = self.per_modality(encoder_c.stem, encoder_d.stem, clinical, dermoscopy)
         for stage in range(4):
-            c, d = self.both(encoder_c.stages[stage], encoder_d.stages[stage], c, d)
+            c, d = self.per_modality(encoder_c.stages[stage], encoder_d.stages[stage], c, d)
             if self.attentions:
                 c, d = self.attentions[stage](c, d)
-        return self.both(encoder_c.pool, encoder_d.pool, c, d)
+        return self.per_modality(encoder_c.pool, encoder_d.pool, c, d)
 
-    def both(self, module_c, module_d, c, d):
+    def per_modality(self, module_c, module_d, c, d):
         """Each module on its modality; as one batch where it is one module."""
         if self.one_batch:
             return module_c(torch.cat((c, d))).chunk(2)
@@ -116,11 +119,205 @@ class OneModality(nn.Module):
         modality = self.reads[0]
         return {modality: self.classifier(self.encoder.pool(self.encoder(image)[-1]))}
 
-def make(flags, num_classes, weights=None):
-    """The model that train.py's flags (a dict) ask for."""
+# ----------------------------------------------------------------------------------------- AMMFM: pay less on clinical
+
+class AMMFM(nn.Module):
+    """"Pay less on clinical images" (Tang & Lasser 2024, arXiv 2407.09999): a light encoder for the clinical photo, a
+    heavy one for dermoscopy, and an attention through which dermoscopy reads clinical and nothing flows back.
+
+    Only its abstract was at hand. Ours, as in PEMM: the attention after each of the four stages, and three classifiers.
+    """
+
+    reads = ("clinical", "dermoscopy")
+
+    def __init__(self, backbone, clinical_backbone="mobilenet_v2", num_classes=SPC_CLASSES, weights=None,
+                 clinical_weights=None):
+        super().__init__()
+        self.clinical_encoder = backbones.build(clinical_backbone, clinical_weights)
+        self.dermoscopy_encoder = backbones.build(backbone, weights)
+        widths_c, widths_d = self.clinical_encoder.channels, self.dermoscopy_encoder.channels
+        self.attentions = nn.ModuleList(AsymmetricAttention(c, d) for c, d in zip(widths_c, widths_d))
+        self.clinical_classifier = Classifier(widths_c[-1], num_classes)
+        self.dermoscopy_classifier = Classifier(widths_d[-1], num_classes)
+        self.fusion_classifier = Classifier(widths_c[-1] + widths_d[-1], num_classes)
+
+    def forward(self, clinical, dermoscopy):
+        c = self.clinical_encoder.stem(clinical)
+        d = self.dermoscopy_encoder.stem(dermoscopy)
+        for stage, attention in enumerate(self.attentions):
+            c = self.clinical_encoder.stages[stage](c)
+            d = self.dermoscopy_encoder.stages[stage](d)
+            c, d = attention(c, d)
+        c, d = self.clinical_encoder.pool(c), self.dermoscopy_encoder.pool(d)
+        return {"clinical": self.clinical_classifier(c), "dermoscopy": self.dermoscopy_classifier(d),
+                "fusion": self.fusion_classifier(torch.cat((c, d), 1))}
+
+# ----------------------------------------------------------------------- MAT: one image and the words about the patient
+
+class GuidedAttention(nn.Module):
+    """Fig. 2 of MAT (Zhou & Luo): x reads a guide, then a feed-forward network; each followed by dropout, shortcut and
+    layer norm. h = 8 heads, d = 512, dropout 0.1 (its Sec. 3.2). Where x is its own guide it is self-attention.
+
+    `padding` (B, m) marks words of the guide that are not there.
+    """
+
+    def __init__(self, width=512, heads=8, dropout=0.1):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout),
+                                          nn.Linear(4 * width, width))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def first(self, x, guide, padding=None):
+        """(B, n, d) and (B, m, d) -> (B, n, d): the first layer's output, X'' in Fig. 2."""
+        read, _ = self.attention(x, guide, guide, key_padding_mask=padding, need_weights=False)
+        return self.norm1(x + self.dropout(read))
+
+    def second(self, x):
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
+
+    def forward(self, x, guide, padding=None):
+        return self.second(self.first(x, guide, padding))
+
+class SelfAttention(GuidedAttention):
+    """x -> (X', X''): the block's output, and its first layer's, which guides the other modality."""
+
+    def forward(self, x, padding=None):
+        first = self.first(x, x, padding)
+        return self.second(first), first
+
+class MAT(nn.Module):
+    """Mutual attention transformer (Zhou & Luo, Fig. 1 and 3): a dermoscopy photo and the words about the patient.
+
+    unit   a row of Table 1: "none", "sa-sa", "sa-sga" (words guide the image), "sga-sa" (its mirror) or "sga-sga"
+    words  (B, m) int64: numbers from the vocabulary, 0 where there is none; those come last
+
+    Ours: the image tokens are the places of the encoder's last map, before its pool (in the paper 100 regions of a
+    detector), and the words have learned embeddings (in the paper GloVe's).
+    """
+
+    reads = ("dermoscopy", "words")
+
+    def __init__(self, backbone, num_classes, num_words, weights=None, unit="sga-sga", width=512, dropout=0.1):
+        super().__init__()
+        self.unit = unit
+        self.encoder = backbones.build(backbone, weights)
+        self.image_tokens = nn.Linear(self.encoder.channels[-1], width)
+        self.embedding = nn.Embedding(num_words, width, padding_idx=0)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        if unit != "none":
+            self.image_self, self.words_self = SelfAttention(width), SelfAttention(width)
+        if unit in ("sa-sga", "sga-sga"):
+            self.image_guided = GuidedAttention(width)
+        if unit in ("sga-sa", "sga-sga"):
+            self.words_guided = GuidedAttention(width)
+        self.image_out = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout))
+        self.words_out = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout))
+        self.norm = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout))
+        self.tasks = nn.ModuleList(nn.Linear(width, n) for n in num_classes)
+
+    def forward(self, dermoscopy, words):
+        padding = words == 0  # (B, m)
+        x = self.encoder(dermoscopy)[-1].flatten(2).transpose(1, 2)  # (B, n, C_4)
+        x = self.image_tokens(x)  # (B, n, d)
+        y, _ = self.lstm(self.embedding(words))  # (B, m, d); padding comes last, so no word hears of it
+        if self.unit != "none":
+            x, guide_x = self.image_self(x)
+            y, guide_y = self.words_self(y, padding)
+        if self.unit in ("sa-sga", "sga-sga"):
+            x = self.image_guided(x, guide_y, padding)
+        if self.unit in ("sga-sa", "sga-sga"):
+            y = self.words_guided(y, guide_x)
+        x = self.image_out(x).sum(1)  # (B, d)
+        y = self.words_out(y).masked_fill(padding[..., None], 0).sum(1)  # (B, d)
+        z = self.norm(x * y)
+        return {"fusion": [task(z) for task in self.tasks]}
+
+# ---------------------------------------------------------------- CLNet: a class and an outline, each helping the other
+
+def convolution(channels, width, kernel):
+    return Conv2dNormActivation(channels, width, kernel)  # torchvision's: convolution, batch norm, ReLU
+
+class FusionModule(nn.Module):
+    """FM_i of CLNet's Fig. 2: concat, 1x1 convolution, squeeze-and-excitation, 3x3 convolution: (B, C, H, W) twice ->
+    (B, width, H, W)."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.reduce = convolution(2 * channels, width, 1)
+        self.select = SqueezeExcitation(width, max(8, width // 16))
+        self.mix = convolution(width, width, 3)
+
+    def forward(self, class_map, outline_map):
+        return self.mix(self.select(self.reduce(torch.cat((class_map, outline_map), 1))))
+
+class CLNet(nn.Module):
+    """Combined learning (Zhang et al., ISBI 2021, Fig. 1): an encoder for the class and one for the outline, fused
+    stage by stage; the class from the pooled fused maps, the mask from a U-Net's decoder on them.
+
+    learns  "both", or a half alone, "class" or "mask" (rows of Tables 1 and 2): one encoder's maps in place of FM_i
+
+    Ours: both encoders of one kind, so that their maps have one size; at most 256 channels in FM_i and in the decoder.
+    """
+
+    reads = ("dermoscopy",)
+
+    def __init__(self, backbone, num_classes, weights=None, learns="both"):
+        super().__init__()
+        self.encoders = nn.ModuleList([backbones.build(backbone, weights)])
+        widths = channels = self.encoders[0].channels
+        self.fusions = nn.ModuleList()
+        if learns == "both":
+            self.encoders.append(backbones.build(backbone, weights))
+            widths = [min(width, 256) for width in channels]
+            self.fusions = nn.ModuleList(FusionModule(c, width) for c, width in zip(channels, widths))
+        self.tasks = nn.ModuleList()
+        if learns != "mask":
+            self.tasks = nn.ModuleList(nn.Linear(sum(widths), n) for n in num_classes)  # Eq. 1
+        self.decoder = nn.ModuleList()  # from the last stage to the first
+        if learns != "class":
+            width = widths[-1]
+            for skip in widths[-2::-1]:
+                after = min(skip, 256)
+                self.decoder.append(nn.Sequential(convolution(width + skip, after, 3), convolution(after, after, 3)))
+                width = after
+            self.outline = nn.Conv2d(width, 1, 1)
+
+    def forward(self, dermoscopy):
+        maps = self.encoders[0](dermoscopy)
+        if self.fusions:
+            other = self.encoders[1](dermoscopy)
+            maps = [fusion(a, b) for fusion, a, b in zip(self.fusions, maps, other)]  # FM_1 to FM_4
+        outputs = {}
+        if self.tasks:
+            pooled = torch.cat([each.mean((2, 3)) for each in maps], 1)  # Eq. 1: GAP of each, side by side
+            outputs["dermoscopy"] = [task(pooled) for task in self.tasks]
+        if self.decoder:
+            x = maps[-1]
+            for block, skip in zip(self.decoder, maps[-2::-1]):
+                up = F.interpolate(x, skip.shape[2:], mode="bilinear")
+                x = block(torch.cat((up, skip), 1))  # Eq. 4
+            x = self.outline(x)  # (B, 1, H_1, W_1) logits
+            outputs["mask"] = F.interpolate(x, dermoscopy.shape[2:], mode="bilinear")  # (B, 1, H, W)
+        return outputs
+
+def make(flags, num_classes, num_words=0, pretrained=False):
+    """The model that train.py's flags (a dict) ask for: with pretrained weights if `pretrained`, else random ones."""
+    backbone, weights, clinical_weights = flags["backbone"], flags["weights"], flags["clinical_weights"]
+    if weights == "none" or not pretrained:
+        weights = None
+    if clinical_weights == "none" or not pretrained:
+        clinical_weights = None
     if flags["modality"] != "both":
-        return OneModality(flags["backbone"], num_classes, weights, flags["modality"])
-    return PEMM(flags["backbone"], num_classes, weights, flags["encoder"], flags["fusion"], flags["classifiers"],
+        return OneModality(backbone, num_classes, weights, flags["modality"])
+    if flags["model"] == "ammfm":
+        return AMMFM(backbone, flags["clinical_backbone"], num_classes, weights, clinical_weights)
+    if flags["model"] == "mat":
+        return MAT(backbone, num_classes, num_words, weights, flags["unit"])
+    if flags["model"] == "clnet":
+        return CLNet(backbone, num_classes, weights, flags["tasks"])
+    return PEMM(backbone, num_classes, weights, flags["encoder"], flags["fusion"], flags["classifiers"],
                 flags["reading"])
 
 def count_parameters(model, as_in_paper=True):
@@ -145,12 +342,12 @@ def main():
         rows += [("8", "one modality", one, OneModality, backbone, {}),
                  ("5, 8", "baseline: two encoders, concatenation", two, PEMM, backbone, baseline),
                  ("3, 5, 8", "PEMM = PS + SCA", pemm, PEMM, backbone, {})]
-    outputs = {"num_classes": (2,)}
+    two_classes = {"num_classes": (2,)}
     millions = {"swin_v2_t": ("28.81", "58.48", "31.11"), "convnext_t": ("29.05", "58.95", "31.35")}
     for backbone, (one, two, pemm) in millions.items():
-        rows += [("9", "one modality, 2 outputs", one, OneModality, backbone, outputs),
-                 ("9", "baseline, 2 outputs", two, PEMM, backbone, outputs | baseline),
-                 ("9", "PEMM, 2 outputs", pemm, PEMM, backbone, outputs)]
+        rows += [("9", "one modality, 2 outputs", one, OneModality, backbone, two_classes),
+                 ("9", "baseline, 2 outputs", two, PEMM, backbone, two_classes | baseline),
+                 ("9", "PEMM, 2 outputs", pemm, PEMM, backbone, two_classes)]
     print("tables   row                                   backbone      paper   ours, as the paper counts    at work")
     for table, row, paper, kind, backbone, keywords in rows:
         with torch.device("meta"):  # shapes only: counts need no memory

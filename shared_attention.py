@@ -8,11 +8,11 @@ In the **shared** module (SCA) one set of them serves both modalities; in the se
 What crosses? The text of Sec. 3.2 names only a modality's own q, k and v, and Fig. 3 leaves it open. Two readings:
 
     "cross"    queries from one modality, keys and values from the other: the word's usual meaning, and our default
-    "swapped"  each computes its own softmax(q k^T), unscaled, and the two change places, as in a public CAFNet code
+    "swapped"  each computes its own softmax(q k^T), unscaled, and applies the other's to its own values (CAFNet)
 
-Pretrained features should pass unchanged at first, so the values start at zero. A gate, one number that starts at zero,
-would hardly open: Adam moves a number by about the learning rate a step, and 250 epochs x 18 steps x mean rate 1.5e-5
-is 0.07. A value sums C channels, whose weights can move that far each: that opens.
+At first x must pass unchanged, so the value layer starts at zero. The usual x + gate * read, with gate = 0 at first,
+would stay shut: Adam moves one number by about the learning rate a step, in all 250 epochs x 18 steps x 1.5e-5 = 0.07.
+A value is a sum over C weights, and each of them can move that far.
 
 Shapes: B pairs, C channels, H x W the map, N = H W its places ("tokens"), d = C/8.
 Run `python shared_attention.py` to see the parameters, and the plain formula beside the fast one.
@@ -30,8 +30,8 @@ def plain_attention(q, k, v, scale):
 def tokens(x):
     return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
 
-def map_of(tokens, like):
-    return tokens.transpose(1, 2).view(like.shape)  # (B, N, C) -> (B, C, H, W)
+def map_of(x, like):
+    return x.transpose(1, 2).view(like.shape)  # (B, N, C) -> (B, C, H, W)
 
 class Projections(nn.Module):
     """The three convolutions of Fig. 3. On tokens, a 1x1 convolution is a linear layer."""
@@ -73,14 +73,14 @@ class CrossAttention(nn.Module):
         return (clinical + map_of(attend(*for_clinical, self.scale), clinical),
                 dermoscopy + map_of(attend(*for_dermoscopy, self.scale), dermoscopy))
 
-    def weights_at(self, clinical, dermoscopy, row, column):
+    def attention_at(self, clinical, dermoscopy, row, column):
         """Where each reads for its place (row, column): (B, H, W) of the other photo, or in "swapped" of its own."""
-        (q_c, k_c, _), (q_d, k_d, _) = self.project(clinical, dermoscopy)
+        (q_1, k_1, _), (q_2, k_2, _) = self.project(clinical, dermoscopy)  # refine clinical; refine dermoscopy
         place = row * clinical.shape[3] + column
-        return {"clinical": weights_of(q_c[:, place], k_c, self.scale, dermoscopy),
-                "dermoscopy": weights_of(q_d[:, place], k_d, self.scale, clinical)}
+        return {"clinical": attention_of(q_1[:, place], k_1, self.scale, dermoscopy),
+                "dermoscopy": attention_of(q_2[:, place], k_2, self.scale, clinical)}
 
-def weights_of(query, k, scale, source):
+def attention_of(query, k, scale, source):
     scores = k @ query[:, :, None] * scale  # (B, N, d), one query an image (B, d) -> (B, N, 1)
     return scores.softmax(1).view(len(k), *source.shape[2:])  # (B, H, W)
 
@@ -97,9 +97,11 @@ class AsymmetricAttention(nn.Module):
         q, k, v = self.projections(tokens(dermoscopy), tokens(clinical))
         return clinical, dermoscopy + map_of(attend(q, k, v, self.scale), dermoscopy)
 
-    def weights_at(self, clinical, dermoscopy, row, column):
+    def attention_at(self, clinical, dermoscopy, row, column):
         q, k, _ = self.projections(tokens(dermoscopy), tokens(clinical))
-        return {"dermoscopy": weights_of(q[:, row * dermoscopy.shape[3] + column], k, self.scale, clinical)}
+        return {"dermoscopy": attention_of(q[:, row * dermoscopy.shape[3] + column], k, self.scale, clinical)}
+
+# ---------------------------------------------------------- the method is complete above; from here on it is about speed
 
 LARGE = 32 ** 2  # places of a map; up to here the plain formula is fastest
 BLOCK = 2 ** 20  # weights computed at a time: 4 MB of float32, about what a core's cache holds

@@ -5,13 +5,13 @@
     python train.py --resume RUN           goes on with a run that was stopped, and ends in the same bits
 
 Adam, cosine annealing every epoch, augmentation, the biased loss and stochastic weight averaging (SWA): from
---swa-start on, the weights after each epoch are averaged. Batch-norm statistics are then estimated anew for the average,
-and that is the model which is saved and evaluated. (The authors' earlier public code averages too, but tests the last
-weights.)
+--swa-start on, the weights after each epoch are averaged. Batch-norm statistics are then estimated anew for the
+average, and that is the model which is saved and evaluated. (The authors' earlier public code averages too, but tests
+the last weights.)
 
 A run's folder holds last.pt (all that --resume needs, flags included), model.pt (the average, and which lesions it has
-learned), log.csv, predictions.csv, results.json, and args.json for people. Each file appears whole or not at all. A seed
-gives the same bits again on one machine; other processors, numbers of threads and versions of torch round otherwise.
+learned), log.csv, predictions.csv, results.json, and args.json for people. Each file appears whole or not at all. One
+seed gives the same bits again on one machine; other processors, threads and versions of torch round otherwise.
 """
 import argparse
 import json
@@ -30,10 +30,11 @@ import data
 import evaluate
 import model
 from evaluate import RunError
-from loss import PAPER_W, biased_loss, equal_loss
+from loss import PAPER_W, biased_loss, clnet_loss, equal_loss
 
 # Without --data: a demo for a laptop, about a minute on two cores. All other defaults are the paper's recipe.
-DEMO = {"backbone": "convnext_atto", "weights": "none", "image_size": 96, "epochs": 10, "lr": 1e-3}
+DEMO = {"backbone": "convnext_atto", "weights": "none", "clinical_weights": "none", "image_size": 96, "epochs": 10,
+        "lr": 1e-3}
 DEMO_LESIONS = {"cases": 900, "height": 128}
 UNNAMED = ("data", "cache", "out", "resume", "device", "seed", "amp", "compile")  # not in the name of a run's folder
 
@@ -58,6 +59,7 @@ def parse(argv):
     add("--resume", metavar="RUN", help="go on with the run in this folder, with the flags it began with")
     add("--device", help="cpu, cuda, cuda:1 or mps (ours: cuda, else mps, else cpu)")
     # The model.
+    add("--model", default="pemm", choices=["pemm", "ammfm", "mat", "clnet"], help="see model.py")
     add("--backbone", default="swin_v2_t", choices=list(backbones.BACKBONES),
         help='paper: "SwinTransformer (Tiny)"; its parameter counts say V2')
     add("--weights", default="imagenet", metavar="W",
@@ -69,6 +71,10 @@ def parse(argv):
     add("--classifiers", default="separate", choices=["separate", "shared"], help="clinical and dermoscopy (Table 6)")
     add("--reading", default="cross", choices=["cross", "swapped"],
         help="what crosses in the attention (ours: the field's meaning, see shared_attention.py)")
+    add("--clinical-backbone", default="mobilenet_v2", choices=list(backbones.BACKBONES), help="AMMFM's light one")
+    add("--clinical-weights", default="imagenet", metavar="W", help="AMMFM: its first weights, as --weights")
+    add("--unit", default="sga-sga", choices=["none", "sa-sa", "sa-sga", "sga-sa", "sga-sga"], help="MAT (its Table 1)")
+    add("--tasks", default="both", choices=["both", "class", "mask"], help="CLNet or a half of it (its Tables 1 and 2)")
     # The training.
     add("--loss", default="biased", choices=["biased", "equal"], help="Eq. 3 or Eq. 1 (paper, Sec. 3.3)")
     add("--w", default=PAPER_W, type=between(float, 0, 0.5), help="W of Eq. 3 (Table 7; paper, Sec. 4.1)")
@@ -81,20 +87,21 @@ def parse(argv):
     add("--seed", default=0, type=between(int, 0, 2 ** 63 - 1), help="of weights, order, augmentation and dropout")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (ours: where the hardware has it)")
     add("--compile", default=False, action=argparse.BooleanOptionalAction, help="torch.compile: a minute to begin with")
-    blank = dict.fromkeys(vars(parser.parse_args([])))
-    given = vars(parser.parse_args(argv, argparse.Namespace(**blank)))  # None: not given
-    given = {flag: value for flag, value in given.items() if value is not None}
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # all None, which argparse leaves alone
+    given = {flag: value for flag, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
     if "data" not in given:
         parser.set_defaults(**DEMO)
     flags = vars(parser.parse_args(argv))
-    idle = []
+    used = {"pemm": ["modality", "encoder", "fusion", "classifiers", "reading", "loss", "w"], "mat": ["unit"],
+            "ammfm": ["clinical_backbone", "clinical_weights", "loss", "w"], "clnet": ["tasks"]}
+    idle = {flag for each in used.values() for flag in each} - set(used[flags["model"]])
     if flags["modality"] != "both":
-        idle = ["encoder", "fusion", "classifiers", "reading", "loss", "w"]
-    elif flags["loss"] == "equal":
-        idle = ["w"]
-    for flag in idle:
-        if flag in given:
-            parser.error(f"--{flag} would change nothing beside the other flags")
+        idle |= set(used["pemm"]) - {"modality"}
+    if flags["loss"] == "equal":
+        idle.add("w")
+    idle = [flag for flag in idle & given.keys() if given[flag] != parser.get_default(flag)]
+    if idle:
+        parser.error(f"{', '.join(idle)}: this would change nothing beside the other flags".replace("_", "-"))
     return flags, given
 
 def has_bfloat16(device):
@@ -117,32 +124,37 @@ def batches(order, size):
     return parts
 
 def average_in(average, count, network):
-    """SWA by hand: the running mean of the weights after one more epoch, mean += (weights - mean) / (count + 1)."""
+    """SWA by hand: the running mean of the parameters after one more epoch, mean += (parameter - mean) / (count + 1).
+    The cosine keeps falling meanwhile."""
     for mean, weight in zip(average, network.parameters()):
         mean += (weight.detach() - mean) / (count + 1)
 
 @torch.no_grad()
-def re_estimate(network, feed, autocast=nullcontext):
-    """Batch-norm statistics of the average: the plain mean over one pass through the training lesions."""
+def re_estimate(network, batches_of_inputs, autocast=nullcontext):
+    """Batch-norm statistics of the average: the mean over the batches of one augmented pass, in training mode."""
     norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch's way to say: plain mean over all batches
     network.train()
-    for inputs, _ in feed:
+    for inputs, _ in batches_of_inputs:
         with autocast():
             network(*(inputs[name] for name in network.reads))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
 
-def validation(network, release, device, amp):
-    """Mean AUC and accuracy of the equally weighted branches on the validation split, with the current weights."""
+def validation(network, release, words, device, amp):
+    """With the current weights, on the validation split: mean AUC and accuracy of the equally weighted branches, and
+    the mean overlap with the masks."""
     rows = release.rows("valid")
-    branches = evaluate.predict(network, release.pixels[rows], release.views, device, amp)
-    equal = evaluate.fuse(branches, dict.fromkeys(branches, 1 / len(branches)), release.tasks)
-    found = evaluate.measure(equal, release.labels[rows], release.tasks)
-    return {"valid_auc": found["mean_auc"], "valid_accuracy": found["mean_accuracy"]}
+    branches, overlaps = evaluate.predict(network, release.pixels[rows], release.views, words[rows], device, amp)
+    found = {f"valid_{name}": float(values.mean()) for name, values in overlaps.items()}
+    if branches:
+        equal = evaluate.fuse(branches, dict.fromkeys(branches, 1 / len(branches)), release.tasks)
+        means = evaluate.measure(equal, release.labels[rows], release.tasks)
+        found |= {"valid_auc": means["mean_auc"], "valid_accuracy": means["mean_accuracy"]}
+    return found
 
 # --------------------------------------------------------------------------------------------------------- saving a run
 
@@ -198,8 +210,9 @@ def main(argv=None):
     if path is None:
         path = data.synthesize("runs/synthetic-spc-{cases}".format(**DEMO_LESIONS), **DEMO_LESIONS)
         print(f"no --data: a demo on the synthetic SPC in {path}")
-    release = data.read(path, flags["image_size"], flags["cache"])
-    print(*release.notes, sep="\n")
+    release = data.read(path, flags["image_size"], flags["cache"], masks=flags["model"] == "clnet")
+    for note in release.notes:
+        print(note)
 
     if state:
         if state["release"] != release.fingerprint or state["split"] != release.split.tolist():
@@ -216,33 +229,39 @@ def main(argv=None):
         named = [f"{flag}-{Path(str(given[flag])).name}" for flag in given if flag not in UNNAMED]
         run = Path(flags["out"] or "runs/" + "-".join([release.kind, *named, str(flags["seed"])]))
     try:
-        network = fit(run, flags, release, device, state)
+        fit(run, flags, release, device, state)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"stopped. Go on with: python train.py --resume {run}") from stop
-    rows = release.split != "train"
-    branches = evaluate.predict(network, release.pixels[rows], release.views, device, flags["amp"])
-    results, _ = evaluate.evaluate_run(run, branches)
+    results, _ = evaluate.evaluate_run(run, release, device)
     evaluate.print_tables(results)
     print(f"\nThe tables again: python evaluate.py {run}")
     return results
 
 def fit(run, flags, release, device, state=None):
-    """The recipe, from a Release to model.pt; returns its network. `state` is the last.pt of a run that goes on."""
+    """The recipe, from a Release to model.pt. `state` is the last.pt of a run that goes on."""
     torch.manual_seed(flags["seed"])
-    weights = None if state or flags["weights"] == "none" else flags["weights"]  # a checkpoint has its own
-    network = model.make(flags, [len(classes) for classes in release.tasks.values()], weights).to(device)
-    absent = [view for view in network.reads if view not in release.views]
-    if absent:
-        raise RunError(f"the model reads {' and '.join(network.reads)}; the release has no {' and no '.join(absent)}")
+    num_classes, vocabulary = [len(classes) for classes in release.tasks.values()], data.make_vocabulary(release)
+    network = model.make(flags, num_classes, len(vocabulary), pretrained=not state).to(device)
+    needed = {*network.reads, *(["mask"] if flags["model"] == "clnet" else [])} - {"words"}
+    if not needed <= set(release.views):
+        raise RunError(f"the model needs {' and '.join(sorted(needed))}; the release has {' and '.join(release.views)}")
     forward = torch.compile(network, dynamic=False) if flags["compile"] else network
     optimizer = torch.optim.Adam(network.parameters(), flags["lr"], fused=True)  # paper, Sec. 4.1; no weight decay
-    criterion = equal_loss if flags["loss"] == "equal" else partial(biased_loss, w=flags["w"])
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=flags["amp"])
     pixels = torch.from_numpy(release.pixels)
     if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         pixels = pixels.to(device)
     labels = torch.from_numpy(release.labels).to(device)
+    words = torch.from_numpy(data.as_words(release.metadata, vocabulary, len(labels))).to(device)
     train_rows = torch.from_numpy(release.rows("train"))
+
+    def criterion(outputs, inputs, rows):
+        """The total loss of these rows, and each branch's own."""
+        if flags["model"] == "clnet":
+            return clnet_loss(outputs, labels[rows], inputs["mask"])
+        if flags["loss"] == "equal":
+            return equal_loss(outputs, labels[rows])
+        return biased_loss(outputs, labels[rows], flags["w"])
 
     def save_checkpoint(epoch):
         """All that is needed to go on after this epoch."""
@@ -255,7 +274,7 @@ def fit(run, flags, release, device, state=None):
         """One pass through the training lesions in a new order, augmented: (inputs, rows)."""
         for rows in batches(train_rows[torch.randperm(len(train_rows))], flags["batch_size"]):
             batch = pixels[rows.to(pixels.device)].to(device)
-            yield data.augment(batch, release.views, torch.default_generator), rows
+            yield data.augment(batch, release.views, torch.default_generator) | {"words": words[rows]}, rows
 
     if state:
         network.load_state_dict(state["network"])
@@ -270,7 +289,7 @@ def fit(run, flags, release, device, state=None):
     print(f"{run}: {model.count_parameters(network, as_in_paper=False):,} parameters, {len(train_rows)} / "
           f"{len(release.rows('valid'))} / {len(release.rows('test'))} lesions, {flags['epochs']} epochs on {device}")
 
-    saved, cost = time.perf_counter(), 0.0
+    last_save, save_seconds = time.perf_counter(), 0.0
     for epoch in range(first, flags["epochs"]):
         clock = time.perf_counter()
         network.train()
@@ -279,13 +298,13 @@ def fit(run, flags, release, device, state=None):
         for inputs, rows in feed():
             with autocast():
                 outputs = forward(*(inputs[name] for name in network.reads))
-                total, parts = criterion(outputs, labels[rows])
+                total, parts = criterion(outputs, inputs, rows)
             total.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(torch.stack([total.detach(), *parts.values()]))
         losses = torch.stack(losses).cpu()  # the loop's only copy to the host
-        speed = len(train_rows) * len(network.reads) / (time.perf_counter() - clock)
+        speed = len(train_rows) / (time.perf_counter() - clock)
         if not losses.isfinite().all():
             batch = int((~losses.isfinite()).any(1).nonzero()[0])
             raise RunError(f"the loss of epoch {epoch + 1}, batch {batch + 1} is not finite. What was saved before is "
@@ -296,28 +315,28 @@ def fit(run, flags, release, device, state=None):
             average_in(average, epoch + 1 - flags["swa_start"], network)
         names = ["loss", *(f"loss_{branch}" for branch in parts)]
         row = {"epoch": epoch + 1, "lr": learning_rate(flags, epoch)} | dict(zip(names, losses.mean(0).tolist()))
-        row |= validation(network, release, device, flags["amp"])
+        row |= validation(network, release, words, device, flags["amp"])
         log.append(row)
-        print(f"epoch {epoch + 1:3}/{flags['epochs']}  loss {row['loss']:.3f}  validation AUC {row['valid_auc']:.3f}  "
-              f"accuracy {row['valid_accuracy']:.3f}  {speed:,.0f} images/s", flush=True)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name.startswith("valid"))
+        print(f"epoch {epoch + 1}/{flags['epochs']}  loss {row['loss']:.3f}  {shown}  {speed:.0f} lesions/s", flush=True)
         # A save costs up to a second: at most 1/20 of the time goes to it, and always one after the last epoch.
-        if epoch + 1 == flags["epochs"] or time.perf_counter() - saved > 20 * cost:
+        if epoch + 1 == flags["epochs"] or time.perf_counter() - last_save > 20 * save_seconds:
             clock = time.perf_counter()
             lines = [log[0].keys(), *(row.values() for row in log)]
             evaluate.write(run / "log.csv", "\n".join(",".join(map(str, line)) for line in lines) + "\n")
             save_checkpoint(epoch + 1)
-            saved = time.perf_counter()
-            cost = saved - clock
+            last_save = time.perf_counter()
+            save_seconds = last_save - clock
 
     with torch.no_grad():
         for weight, mean in zip(network.parameters(), average):
             weight.copy_(mean)
     re_estimate(network, feed(), autocast)
-    save(run / "model.pt", {"state": network.state_dict(), "flags": flags, "tasks": release.tasks,
-                            "release": release.fingerprint, "published": release.published, "cases": release.cases,
-                            "split": release.split.tolist(), "labels": release.labels.tolist(),
-                            "digests": release.digests.tolist(), "metadata": release.metadata})
-    return network
+    save(run / "model.pt", {
+        "state": network.state_dict(), "flags": flags, "vocabulary": vocabulary, "tasks": release.tasks,
+        "release": release.fingerprint, "published": release.published, "cases": release.cases,
+        "split": release.split.tolist(), "labels": release.labels.tolist(), "digests": release.digests.tolist(),
+        "metadata": release.metadata})
 
 if __name__ == "__main__":
     data.speak(main, RunError, data.DataError, backbones.WeightsError)

@@ -1,4 +1,7 @@
 """What several test files need."""
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for small tensors one thread is the fastest; before torch is imported
 import pytest
 import torch
 

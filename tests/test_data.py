@@ -195,6 +195,82 @@ def test_lesions_that_milk10k_does_not_pair_are_named(tmp_path):
     rewrite(make_milk(tmp_path) / "MILK10k_Training_Metadata.csv", lambda rows: [rows.pop(3), rows.pop(3)])
     assert any("ground truth without two photos: IL_0000001 (1" in note for note in data.read(tmp_path, 16).notes)
 
+# ------------------------------------------------------------------------------------------------------ masks and words
+
+def make_ham(folder, n=40):
+    """HAM10000's layout: photos in two folders; the mask of photo i is white in its first i columns of 40."""
+    rows = []
+    (folder / "masks").mkdir(parents=True)
+    for i in range(n):
+        name = f"ISIC_{i:07}"
+        photo(folder / f"HAM10000_images_part_{i % 2 + 1}" / f"{name}.jpg")
+        mask = np.zeros((40, 40), np.uint8)
+        mask[:, :i] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{name}_segmentation.png")
+        rows.append((f"HAM_{i // 2:07}", name, ("nv", "mel")[i // 2 % 2], "follow_up", 45.0, "male", "lower extremity"))
+    write(folder / "HAM10000_metadata.csv", ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"], rows)
+    return folder
+
+def test_ham10000_with_its_masks(tmp_path):
+    found = data.read(make_ham(tmp_path / "ham", 80), 40, masks=True)
+    assert found.kind == "ham" and found.views == ("dermoscopy", "mask") and found.tasks == {"DIAG": data.HAM10000}
+    assert Counter(found.split) == {"train": 64, "valid": 8, "test": 8}  # MAT, Sec. 3.1
+    assert all(len(set(found.split[n:n + 2])) == 1 for n in range(0, 80, 2)), "two photos of a lesion in two splits"
+    assert (found.labels[:4, 0] == [5, 5, 4, 4]).all() and "dx_type" not in found.metadata
+    assert [int(mask[0, :, 0].sum()) // 255 for mask in found.pixels[:20, 1]] == list(range(20)), "masks of other photos"
+    assert data.read(tmp_path / "ham", 40).views == ("dermoscopy",)
+    (tmp_path / "ham/masks/ISIC_0000007_segmentation.png").unlink()
+    with pytest.raises(DataError, match="ISIC_0000007_segmentation"):
+        data.read(tmp_path / "ham", 40, masks=True)
+
+def test_isic_2017_has_three_splits_two_tasks_and_masks(tmp_path):
+    for part, first, last in (("Training", 0, 6), ("Validation", 6, 10), ("Test_v2", 10, 14)):
+        rows = [(f"ISIC_{n:07}", float(n % 2), float(n % 3 == 0)) for n in range(first, last)]
+        write(tmp_path / f"ISIC-2017_{part}_Part3_GroundTruth.csv", ["image_id", "melanoma", "seborrheic_keratosis"], rows)
+        for name, *_ in rows:
+            photo(tmp_path / f"ISIC-2017_{part}_Data" / f"{name}.jpg")
+            photo(tmp_path / f"ISIC-2017_{part}_Part1_GroundTruth" / f"{name}_segmentation.png")
+    found = data.read(tmp_path, 16, masks=True)
+    assert found.kind == "isic17" and found.split.tolist() == ["train"] * 6 + ["valid"] * 4 + ["test"] * 4
+    assert found.labels.tolist() == [[n % 2, int(n % 3 == 0)] for n in range(14)] and found.views == ("dermoscopy", "mask")
+
+def test_a_mask_moves_with_its_photo_and_has_no_colour():
+    """The photo is its own mask, black and white: they stay the same wherever augmentation takes them."""
+    pixels = torch.zeros(40, 2, 32, 32, 3, dtype=torch.uint8)
+    pixels[:, :, 4:14, 6:22] = 255
+    inputs = data.augment(pixels, ("dermoscopy", "mask"), torch.Generator().manual_seed(0))
+    assert inputs["mask"].shape == (40, 1, 32, 32) and set(inputs["mask"].unique().tolist()) == {0.0, 1.0}
+    for shown, mask in zip(inputs["dermoscopy"][:, 0], inputs["mask"][:, 0]):
+        middle = (shown.min() + shown.max()) / 2
+        assert ((shown > middle).float() == mask).float().mean() > 0.97
+    plain = data.as_inputs(pixels, ("dermoscopy", "mask"))["mask"]
+    assert (plain[:, 0] == (pixels[:, 1, :, :, 0] > 127)).all()
+
+def test_words_are_the_same_in_every_release():
+    assert data.word("age", "45.0") == data.word("age_approx", "40") == "age from 40"
+    assert data.word("age", "0.0") == "age from 0"
+    assert data.word("localization", "lower extremity") == data.word("site", "Lower_Extremity") == "site lower extremity"
+
+def test_the_vocabulary_is_learned_from_the_training_split_alone(tmp_path):
+    folder = make_pairs(tmp_path, 60)
+    add(folder / "pairs.csv", "split", ["train"] * 20 + ["valid"] * 20 + ["test"])
+    add(folder / "pairs.csv", "sex", ["male"] * 10 + [""] * 10 + ["female"])
+    add(folder / "pairs.csv", "age", ["30", "unknown", "71"] * 19 + ["12"])
+    found = data.read(folder, 16)
+    vocabulary = data.make_vocabulary(found)
+    assert vocabulary == ["", "begin", "age from 20", "age from 60", "sex male"]
+    words = data.as_words(found.metadata, vocabulary, 60)
+    assert words[:3].tolist() == [[1, 2, 4], [1, 4, 0], [1, 3, 4]] and words[30].tolist() == [1, 2, 0]
+    assert words[59].tolist() == [1, 0, 0], "words of the test split were learned"
+
+def test_a_release_has_one_fingerprint_to_train_and_to_predict(tmp_path):
+    """Also if some of its lesions, indeterminate ones, are only there to be predicted."""
+    folder = make_isic(tmp_path)
+    put(folder / "metadata.csv", 7, "diagnosis_1", "Indeterminate")
+    put(folder / "metadata.csv", 8, "diagnosis_1", "Indeterminate")
+    whole, known = data.read(folder, 16, to_train=False), data.read(folder, 16)
+    assert (len(whole.cases), len(known.cases)) == (40, 39) and whole.fingerprint == known.fingerprint
+
 # ----------------------------------------------------------------------------------------------------------- the splits
 
 def publish(folder, monkeypatch):

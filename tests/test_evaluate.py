@@ -1,9 +1,11 @@
-"""Metrics against scikit-learn, the search against a loop, statistics, files, tables and the answer for one lesion."""
+"""Metrics against scikit-learn, searches against loops, statistics, files, new lesions, the answer for one lesion."""
 import csv
 import itertools
 import json
 import shutil
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,452 +15,496 @@ from sklearn import metrics
 
 import data
 import evaluate
+import model
 from conftest import close
 from evaluate import RunError
 
-SPC = {task: tuple(classes) for task, (_, classes) in data.SPC.items()}
 TASKS = {"DIAG": ("a", "b", "c"), "PN": ("absent", "present")}
+BRANCHES = ("clinical", "dermoscopy", "fusion")
+CPU = torch.device("cpu")
 
-
-def predictions(n=80, tasks=TASKS, seed=0, ties=False, labels=None):
-    """Random labels and probabilities that know something of them: labels (n, T), probabilities (n, K)."""
+def made(n=80, tasks=TASKS, seed=0, ties=False):
+    """Random labels (n, T), and three branches that know something of them."""
     rng = np.random.default_rng(seed)
-    labels = labels if labels is not None else np.stack([rng.integers(0, len(classes), n) for classes in tasks.values()], 1)
-    logits = np.concatenate([rng.normal(size=(n, len(classes))) + 1.2 * np.eye(len(classes))[labels[:, t]]
-                             for t, classes in enumerate(tasks.values())], 1)
-    return labels, evaluate.softmax(logits.round() if ties else logits, tasks)
+    labels = np.stack([rng.integers(0, len(classes), n) for classes in tasks.values()], 1)
+    truth = np.concatenate([np.eye(len(classes))[labels[:, t]] for t, classes in enumerate(tasks.values())], 1)
+    branches = {}
+    for branch in BRANCHES:
+        logits = 1.2 * truth + rng.normal(size=truth.shape)
+        if ties:
+            logits = logits.round()
+        branches[branch] = evaluate.fuse({branch: np.exp(logits)}, {branch: 1.0}, tasks)
+    return labels, branches
 
+def predictions(labels, branches, tasks=TASKS):
+    """Predictions whose first half is the validation split."""
+    numbers = np.arange(len(labels))
+    split = np.where(numbers < len(labels) // 2, "valid", "test")
+    return evaluate.Predictions(tasks, numbers.astype(str), split, labels, {}, dict(branches), {})
 
-def once(labels):
-    return np.ones((1, len(labels)))
+def with_branches(run, branches):
+    """The run as if its network had given these probabilities."""
+    saved = evaluate.load_checkpoint(run / "model.pt")
+    evaluate.write_predictions(run / "predictions.csv", evaluate.lesions_of(saved), branches)
+    return evaluate.evaluate_run(run)
 
-
-# --------------------------------------------------------------------------------------------------------------- metrics
-
+# -------------------------------------------------------------------------------------------------------------- metrics
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("tasks", [TASKS, SPC], ids=["two tasks", "SPC"])
+@pytest.mark.parametrize("tasks", [TASKS, data.SPC_TASKS], ids=["two tasks", "SPC"])
 def test_every_metric_is_scikit_learns(tasks, ties):
-    labels, probabilities = predictions(120, tasks, ties=ties)
+    labels, branches = made(150, tasks, ties=ties)
     labels[::7, 0] = -1
-    found = evaluate.measure(probabilities, labels, tasks, once(labels))
-    expected = {name: {} for name in found if not name.startswith("mean_")}
-    for t, (task, part) in enumerate(zip(tasks, evaluate.by_task(probabilities, tasks))):
+    found = evaluate.measure(branches["fusion"], labels, tasks)
+    first = 0
+    for t, (task, classes) in enumerate(tasks.items()):
         known = labels[:, t] >= 0
-        truth, scores, guess = labels[known, t], part[known], part[known].argmax(1)
-        expected["accuracy"][task] = metrics.accuracy_score(truth, guess)
-        expected["balanced_accuracy"][task] = metrics.balanced_accuracy_score(truth, guess)
-        expected["macro_f1"][task] = metrics.f1_score(truth, guess, average="macro")
-        for k, name in evaluate.columns(task, tasks[task]):
-            expected["auc"][name] = metrics.roc_auc_score(truth == k, scores[:, k])
-            expected["ap"][name] = metrics.average_precision_score(truth == k, scores[:, k])
-            expected["precision"][name] = metrics.precision_score(truth == k, guess == k, zero_division=0)
-            expected["sensitivity"][name] = metrics.recall_score(truth == k, guess == k)
-            expected["specificity"][name] = metrics.recall_score(truth != k, guess != k)
-    for metric, columns in expected.items():
-        assert list(found[metric]) == list(columns)
-        close(np.array([value[0] for value in found[metric].values()]), list(columns.values()), 1e-12)
-        close(found[f"mean_{metric}"][0], np.mean(list(columns.values())), 1e-12)
+        truth, scores = labels[known, t], branches["fusion"][known, first:first + len(classes)]
+        guess, first = scores.argmax(1), first + len(classes)
+        close(found["accuracy"][task], np.mean([a == b for a, b in zip(truth, guess)]))
+        close(found["macro_f1"][task], metrics.f1_score(truth, guess, average="macro"))
+        for k, name in enumerate(classes):
+            column = f"{task}/{name}"
+            if column in found["auc"]:
+                pairs = list(itertools.product(scores[truth == k, k], scores[truth != k, k]))
+                close(found["auc"][column], np.mean([(a > b) + (a == b) / 2 for a, b in pairs]))
+                close(found["auc"][column], metrics.roc_auc_score(truth == k, scores[:, k]))
+                close(found["precision"][column], metrics.precision_score(truth == k, guess == k))
+                close(found["sensitivity"][column], (guess[truth == k] == k).mean())
+                close(found["specificity"][column], (guess[truth != k] != k).mean())
+    close(found["mean_auc"], np.mean(list(found["auc"].values())))
 
+@pytest.mark.parametrize("tasks, expected", [
+    (data.SPC_TASKS, "DIAG/BCC DIAG/NEV DIAG/MEL DIAG/MISC DIAG/SK PN/TYP PN/ATP STR/REG STR/IR PIG/REG PIG/IR RS/PRS "
+                     "DaG/REG DaG/IR BWV/PRS VS/REG VS/IR"),
+    ({"DIAG": ("benign", "malignant")}, "DIAG/malignant"),
+    ({"DIAG": data.MILK10K}, " ".join(f"DIAG/{name}" for name in data.MILK10K))], ids=["SPC", "two", "MILK10k"])
+def test_columns_of_table_1(tasks, expected):
+    labels, branches = made(150, tasks)
+    assert list(evaluate.measure(branches["fusion"], labels, tasks)["auc"]) == expected.split()
 
-def test_the_17_columns_of_table_1():
-    names = {kind: [name for task, classes in tasks.items() for _, name in evaluate.columns(task, classes)]
-             for kind, tasks in (("spc", SPC), ("two", data.TWO_CLASSES), ("milk10k", {"DIAG": data.MILK10K}))}
-    assert names["spc"] == (
-        "DIAG/BCC DIAG/NEV DIAG/MEL DIAG/MISC DIAG/SK PN/TYP PN/ATP STR/REG STR/IR PIG/REG PIG/IR RS/PRS DaG/REG DaG/IR "
-        "BWV/PRS VS/REG VS/IR").split()
-    assert names["two"] == ["DIAG/malignant"] and len(names["milk10k"]) == 11
+def test_what_nobody_has_has_no_column():
+    labels, branches = made()
+    labels[labels[:, 0] == 2, 0] = 1
+    labels[:, 1] = -1
+    found = evaluate.measure(branches["fusion"], labels, TASKS)
+    assert list(found["auc"]) == ["DIAG/a", "DIAG/b"] and list(found["accuracy"]) == ["DIAG"]
 
+def test_calibration_error_by_hand():
+    """Of 15 bins the 14th holds 0.9 and 0.91, one of them right; 0.72 and 0.78 are in two, which 10 bins would join."""
+    confidence = np.array([0.9, 0.91, 0.72, 0.78, 0.6, 0.5])
+    labels = np.array([[0], [1], [0], [1], [0], [-1]])
+    found = evaluate.calibration_error(np.stack([confidence, 1 - confidence], 1), labels, {"DIAG": ("a", "b")})
+    close(found, (abs(0.9 + 0.91 - 1) + 0.28 + 0.78 + 0.4) / 5)
 
-def test_nasty_arrays():
-    labels, probabilities = predictions()
-    labels[labels[:, 0] == 2, 0] = 1  # class c has no case
-    found = evaluate.measure(probabilities, labels, TASKS, once(labels))
-    assert np.isnan(found["auc"]["DIAG/c"][0]) and np.isnan(found["sensitivity"]["DIAG/c"][0])
-    close(found["mean_auc"][0], np.mean([found["auc"][name][0] for name in ("DIAG/a", "DIAG/b", "PN/present")]))
-    equal = np.concatenate([np.full((80, 3), 1 / 3), np.full((80, 2), 1 / 2)], 1)
-    found = evaluate.measure(equal, labels, TASKS, once(labels))
-    assert found["auc"]["DIAG/a"][0] == found["auc"]["PN/present"][0] == 0.5
-    close(found["ap"]["DIAG/a"][0], (labels[:, 0] == 0).mean())
-    probabilities[3, 1] = np.nan
-    with pytest.raises(RunError, match="not finite"):
-        evaluate.measure(probabilities, labels, TASKS, once(labels))
+def test_table_4_corrected():
+    """The integers give the printed columns if PRE and SEN change places and SPE is the negative predictive value."""
+    printed = {"SEN": (73.3, 62.4, 57.6, 68.4, 76.7, 71.1, 69.6, 33.3),
+               "PRE": (65.3, 57.0, 52.1, 64.5, 52.8, 78.0, 73.3, 16.7),
+               "SPE": (88.5, 87.1, 85.5, 84.2, 84.5, 80.6, 93.7, 93.4)}
+    for n, (positives, true, false) in enumerate(evaluate.PAPER_TABLE_4.values()):
+        assert abs(100 * true / (true + false) - printed["SEN"][n]) < 0.06
+        assert abs(100 * true / positives - printed["PRE"][n]) < 0.06
+        assert abs(100 * (395 - positives - false) / (395 - true - false) - printed["SPE"][n]) < 0.11
 
+# ------------------------------------------------------------------------------------------------------------ bootstrap
 
-def test_weights_are_repetitions():
-    """A resample's metrics are scikit-learn's on the lesions written out as often as they were drawn."""
-    labels, probabilities = predictions(60, ties=True)
-    drawn = evaluate.resamples(60)[:5]
-    found = evaluate.measure(probabilities, labels, TASKS, drawn)
-    for r, weights in enumerate(drawn.astype(int)):
-        rows = np.repeat(np.arange(60), weights)
-        close(found["auc"]["DIAG/b"][r], metrics.roc_auc_score(labels[rows, 0] == 1, probabilities[rows, 1]), 1e-12)
-        close(found["ap"]["DIAG/b"][r], metrics.average_precision_score(labels[rows, 0] == 1, probabilities[rows, 1]), 1e-12)
-        close(found["accuracy"]["PN"][r], (probabilities[rows, 3:].argmax(1) == labels[rows, 1]).mean(), 1e-12)
+def test_resampled_auc_is_scikit_learns_with_weights():
+    labels, branches = made(60, ties=True)
+    positive, scores = labels[:, 0] == 1, branches["fusion"][:, 1]
+    counts = evaluate.resamples(labels)[:20]
+    expected = [metrics.roc_auc_score(positive, scores, sample_weight=weights) for weights in counts]
+    close(evaluate.resampled_auc(scores, positive, counts).filled(), expected)
 
+def test_bootstrap_accuracy_counts_lesions_as_drawn():
+    labels, branches = made(60)
+    labels[::5, 1] = -1
+    found = evaluate.bootstrap(branches["fusion"], labels, TASKS)["mean_accuracy"]
+    known = labels[:, 1] >= 0
+    hit = branches["fusion"][known, 3:].argmax(1) == labels[known, 1]
+    for r, count in enumerate(evaluate.resamples(labels)[:5]):
+        close(found[1, r], metrics.accuracy_score(hit, np.ones_like(hit), sample_weight=count[known]))
 
-def test_bootstrap_of_the_whole_table_takes_seconds():
-    labels, probabilities = predictions(395, SPC)
-    start = time.perf_counter()
-    found = evaluate.intervals(probabilities, labels, SPC)
-    assert time.perf_counter() - start < 10
-    plain = evaluate.measure(probabilities, labels, SPC, once(labels))
-    assert all(low < plain[name][0] < high for name, (low, high) in found.items() if name in ("mean_auc", "mean_accuracy"))
+def test_resamples_are_the_same_and_within_the_classes_of_one_task():
+    labels, _ = made(50)
+    counts = evaluate.resamples(labels)
+    assert (counts[0] == 1).all() and (counts.sum(1) == 50).all() and (counts == evaluate.resamples(labels)).all()
+    assert (counts[1:, labels[:, 0] == 0].sum(1) != (labels[:, 0] == 0).sum()).any()
+    counts = evaluate.resamples(labels[:, :1])
+    for k in range(3):
+        assert (counts[:, labels[:, 0] == k].sum(1) == (labels[:, 0] == k).sum()).all()
 
+def test_resamples_that_lack_a_class_are_counted(tmp_path, capsys):
+    labels, branches = made(80)
+    labels[40:, 1] = 0
+    labels[60, 1] = 1  # a single case
+    p = predictions(labels, branches)
+    results = evaluate.finish(tmp_path, p, evaluate.decide(p))
+    lacking = (evaluate.resamples(labels[40:])[1:, 20] == 0).sum()
+    assert lacking > 300 and results["incomplete"] == lacking
+    evaluate.print_tables(results)
+    assert f"{lacking} of 1000 resamples lack a class" in capsys.readouterr().out
 
-def test_table_4_corrected_from_its_integers():
-    table = evaluate.paper_table_4()
-    assert [round(v, 1) for v in table["precision"]] == [73.3, 62.4, 57.6, 68.4, 76.7, 71.1, 69.6, 33.3, 64.1]
-    assert [round(v, 1) for v in table["sensitivity"]] == [65.3, 57.0, 52.1, 64.5, 52.8, 78.0, 73.3, 16.7, 57.5]
-    assert round(table["specificity"][-1], 1) == 89.2 and round(table["auc"][-1], 1) == 86.7
-    npv = [100 * (395 - n - fp) / (395 - tp - fp) for n, tp, fp, _ in evaluate.PAPER_TABLE_4.values()]
-    for value, printed in zip(npv, (88.5, 87.1, 85.5, 84.2, 84.5, 80.6, 93.7, 93.4)):  # the paper's row "SPE"
-        assert abs(value - printed) < 0.11
-    close(np.mean(evaluate.PAPER["auc"][:-1]), 87.82, 1e-4)
+def test_paired_difference():
+    labels, branches = made(120)
+    p, other = (predictions(labels, {"fusion": branches[branch]}) for branch in ("fusion", "clinical"))
+    values = evaluate.difference(p, other)["mean_accuracy"]
+    test = labels[60:]
+    counts = evaluate.resamples(test)
+    right = {}
+    for branch in ("fusion", "clinical"):
+        answer = branches[branch][60:]
+        right[branch] = (answer[:, :3].argmax(1) == test[:, 0]) * 0.5 + (answer[:, 3:].argmax(1) == test[:, 1]) * 0.5
+    gaps = counts @ (right["fusion"] - right["clinical"]) / 60
+    close(values, [gaps[0], *np.percentile(gaps[1:], (2.5, 97.5))])
+    assert evaluate.difference(p, p)["mean_auc"] == [0, 0, 0]
 
-
-# ---------------------------------------------------------------------------------------------------- fusion and weights
-
-
-def three_branches(n, tasks, seed=0):
-    labels, one = predictions(n, tasks, seed)
-    others = (predictions(n, tasks, seed + k, labels=labels)[1] for k in (1, 2))
-    return labels, dict(zip(("clinical", "dermoscopy", "fusion"), (one, *others)))
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("n", [5, 60])
-def test_weight_search_is_a_loop_over_the_grid(seed, n):
-    labels, branches = three_branches(n, TASKS, seed)
-    best = None
-    for c, d in itertools.product(range(21), repeat=2):
-        if c + d <= 20:
-            w = np.array([c, d, 20 - c - d]) / 20
-            mixed = sum(weight * np.log(p) for weight, p in zip(w, branches.values()))
-            accuracy = np.mean([(part.argmax(1) == y).mean() for part, y in zip((mixed[:, :3], mixed[:, 3:]), labels.T)])
-            key = (-round(accuracy, 12), round(((w - 1 / 3) ** 2).sum(), 12), c, d)
-            best = min(best or (key, w), (key, w), key=lambda each: each[0])
-    assert list(evaluate.search_weights(branches, labels, TASKS).values()) == best[1].tolist()
-
+# ---------------------------------------------------------------------------------------------- what validation decides
 
 def test_fuse_averages_logits():
-    labels, branches = three_branches(30, TASKS)
-    weights = {"clinical": 0.2, "dermoscopy": 0.3, "fusion": 0.5}
-    shifted = {branch: np.log(p) + 3.0 for branch, p in branches.items()}  # logits: known up to a constant
-    mixed = torch.tensor(sum(weights[branch] * z for branch, z in shifted.items()))
-    expected = torch.cat([mixed[:, :3].softmax(1), mixed[:, 3:].softmax(1)], 1)
-    close(evaluate.fuse(branches, weights, TASKS), expected, 1e-12)
+    _, branches = made(30)
+    weights = dict(zip(BRANCHES, (0.2, 0.3, 0.5)))
+    logits = sum(weights[branch] * (torch.tensor(values).log() + 3) for branch, values in branches.items()) / 2
+    expected = torch.cat([logits[:, :3].softmax(1), logits[:, 3:].softmax(1)], 1)
+    close(evaluate.fuse(branches, weights, TASKS, temperature=2.0), expected)
 
+@pytest.mark.parametrize("rule", ["near", "maximum"])
+@pytest.mark.parametrize("n, seed", [(5, 0), (5, 1), (60, 2), (60, 3)])
+def test_search_is_a_loop_over_the_grid(n, seed, rule):
+    """The other formulation: products of powers of probabilities, no softmax, integers for the hits."""
+    labels, branches = made(n, seed=seed)
+    found = []
+    for c, d in itertools.product(range(21), repeat=2):
+        if c + d <= 20:
+            triple = (c, d, 20 - c - d)
+            mixed = np.prod([branches[branch] ** (w / 20) for branch, w in zip(BRANCHES, triple)], 0)
+            hit = np.stack([mixed[:, :3].argmax(1) == labels[:, 0], mixed[:, 3:].argmax(1) == labels[:, 1]], 1)
+            found.append((hit.sum(), sum((3 * w - 20) ** 2 for w in triple), triple, np.std(hit.mean(1)) / n ** 0.5))
+    best = max(found, key=lambda each: (each[0], -each[1]))
+    if rule == "near":
+        best = min((each for each in found if each[0] >= best[0] - best[3] * 2 * n - 1e-6), key=lambda each: each[1])
+    distance = sum((60 * w - 20) ** 2 for w in evaluate.search_weights(branches, labels, TASKS, rule).values())
+    close(distance, best[1])  # several triples may be as near
 
-def test_unknown_and_single_classes_do_not_end_in_numbers():
-    labels, probabilities = predictions()
-    assert evaluate.find_temperature(probabilities, np.full((80, 2), -1), TASKS) == 1
-    one = {"DIAG": ("a", "b")}
-    found = evaluate.intervals(probabilities[:, :2], np.zeros((80, 1), int), one)
-    assert found["mean_auc"] == [None, None]
-    p = evaluate.Predictions(one, ["1", "2"], np.array(["test", "valid"]), np.zeros((2, 1), int), {"fused": np.full((2, 2), 0.5)}, {})
-    assert "mean_auc" not in evaluate.difference(p, p)
+def test_both_rules_on_an_example():
+    """Of 16 lesions all branches know 13 and miss 2; a heavy dermoscopy branch wins one more: chance, says "near"."""
+    right, wrong, sure = [0.9, 0.1], [0.1, 0.9], [0.001, 0.999]
+    others = np.array([right] * 13 + [sure, wrong, wrong])
+    branches = {"clinical": others, "dermoscopy": np.array([right] * 14 + [wrong] * 2), "fusion": others}
+    labels, tasks = np.zeros((16, 1), int), {"DIAG": ("a", "b")}
+    assert list(evaluate.search_weights(branches, labels, tasks, "maximum").values()) == [0.1, 0.8, 0.1]
+    assert sorted(evaluate.search_weights(branches, labels, tasks, "near").values()) == [0.3, 0.35, 0.35]
+    assert evaluate.search_weights({"mask": others, "x": others}, labels, tasks) == {"mask": 0.5, "x": 0.5}
 
+def test_temperature_is_the_best_of_a_fine_grid():
+    labels, branches = made(200)
+    sharp = evaluate.fuse({"fusion": branches["fusion"]}, {"fusion": 1.0}, TASKS, temperature=1 / 3)
+    labels[::9, 1] = -1
+    p = predictions(labels, {"fusion": sharp})
+    grid = np.geomspace(0.5, 8, 2000)
+    losses = []
+    for temperature in grid:
+        total = 0
+        for t, part in enumerate((sharp[:100, :3], sharp[:100, 3:])):
+            powers = part ** (1 / temperature)
+            known = labels[:100, t] >= 0
+            total -= np.log((powers / powers.sum(1, keepdims=True))[known, labels[:100, t][known]]).mean()
+        losses.append(total)
+    close(evaluate.decide(p)["temperature"], grid[np.argmin(losses)], 2e-3)
 
-def test_temperature_and_calibration_error():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(4000, 5)) * 2
-    truth = evaluate.softmax(logits, TASKS)
-    labels = np.stack([(part.cumsum(1) > rng.random((4000, 1))).argmax(1) for part in evaluate.by_task(truth, TASKS)], 1)
-    overconfident = evaluate.softmax(3 * logits, TASKS)
-    temperature = evaluate.find_temperature(overconfident, labels, TASKS)
-    assert 2.8 < temperature < 3.2, temperature
-    before, after = (evaluate.calibration_error(evaluate.reliability(p, labels, TASKS)) for p in (overconfident, truth))
-    assert before > 0.1 and after < 0.02
-    bins = evaluate.reliability(np.array([[0.9, 0.1], [0.91, 0.09], [0.6, 0.4]]), np.array([[0], [1], [0]]), {"DIAG": ("a", "b")})
-    close(evaluate.calibration_error(bins), (2 * abs(0.905 - 0.5) + abs(0.6 - 1)) / 3, 1e-12)
+def test_right_answers_end_at_the_lowest_temperature():
+    labels = np.zeros((8, 1), int)
+    p = predictions(labels, {"fusion": np.tile([0.6, 0.4], (8, 1))}, {"DIAG": ("a", "b")})
+    assert 0.0099 < evaluate.decide(p)["temperature"] < 0.05
+    p = predictions(1 - labels, {"fusion": np.tile([0.6, 0.4], (8, 1))}, {"DIAG": ("a", "b")})
+    close(evaluate.decide(p)["temperature"], 100, 1e-2)
 
-
-# ------------------------------------------------------------------------------------------------------------ whole runs
-
+# ----------------------------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture
 def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("last.pt"))  # large, and not needed
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("last.pt"))  # it is large
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
-def test_tables_are_repeated_from_the_runs_files_alone(run, capsys):
-    expected, files = (run / "results.json").read_text(), {"predictions.csv", "results.json", "log.csv", "args.json"}
-    capsys.readouterr()
+def table(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+def edit(run, change):
+    """Changes what model.pt holds."""
+    saved = torch.load(run / "model.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, run / "model.pt")
+
+def remake(run, **flags):
+    """Gives the run another, untrained network."""
+    def change(saved):
+        saved["flags"].update(flags)
+        saved["state"] = model.make(saved["flags"], [len(classes) for classes in saved["tasks"].values()]).state_dict()
+
+    edit(run, change)
+
+def test_tables_again_change_nothing(run, release, tmp_path, capsys):
+    before = contents(run)
     evaluate.main([str(run)])
     first = capsys.readouterr().out
-    (run / "model.pt").unlink(), (run / "results.json").unlink()
+    (run / "results.json").unlink()
     evaluate.main([str(run)])
-    assert capsys.readouterr().out == first and (run / "results.json").read_text() == expected
-    assert files <= {path.name for path in run.iterdir()}
-    for title in ("Table 1", "Table 2", "Table 4", "95% bootstrap", "calibration error", "subgroups"):
+    assert capsys.readouterr().out == first and contents(run) == before
+    for title in ("Table 1", "Table 2", "Table 4", "95% from", "calibration error", "subgroups", "equal"):
         assert title in first
-
-
-def test_predicting_again_gives_the_same_file(run, release, tmp_path):
-    before = (run / "predictions.csv").read_bytes()
     evaluate.main([str(run), "--data", str(release), "--cache", str(tmp_path / "cache"), "--device", "cpu"])
-    assert (run / "predictions.csv").read_bytes() == before
-    evaluate.main([str(run), "--data", str(release), "--cache", str(tmp_path / "cache"), "--device", "cpu", "--tta"])
-    assert (run / "predictions.csv").read_bytes() == before != (run / "predictions-tta.csv").read_bytes()
+    assert "the run's own release" in capsys.readouterr().out and contents(run) == before
 
-
-def test_six_views_are_averaged(run, release, tmp_path):
-    network, saved = evaluate.load_run(run, "cpu")
-    found = data.read(release)
-    pixels = torch.from_numpy(data.load(found, 32, tmp_path))[:3]
-    device, rows = torch.device("cpu"), [0, 1, 2]
-    ours = evaluate.predict(network, pixels, rows, device, False, tta=True)
-    views = [pixels, pixels.flip(3), pixels.flip(2), pixels.flip(2, 3), pixels.rot90(1, (2, 3)), pixels.rot90(3, (2, 3))]
-    each = [evaluate.predict(network, view, rows, device, False) for view in views]
-    for branch in ours:
-        mean = sum(np.log(one[branch]) for one in each) / 6
-        close(ours[branch], evaluate.softmax(mean, saved["tasks"]), 1e-6)
-
-
-def test_weights_and_temperature_never_see_the_test_split(run):
+def test_test_labels_decide_nothing(run):
     before = json.loads((run / "results.json").read_text())
-    with open(run / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for n in range(0, len(rows), 24):  # a case: every task's truth moves to another class
-        if rows[n]["split"] == "test":
-            for start, stop in itertools.pairwise(np.cumsum([0, *map(len, SPC.values())])):
-                truth = [row["truth"] for row in rows[n + start:n + stop]]
-                for row, value in zip(rows[n + start:n + stop], truth[1:] + truth[:1]):
-                    row["truth"] = value
-    with open(run / "predictions.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    after = evaluate.main([str(run)])
-    assert after["weights"] == before["weights"] and after["temperature"] == before["temperature"]
-    assert after["valid"] == before["valid"] and after["test"] != before["test"]
 
+    def change(saved):
+        for labels, split in zip(saved["labels"], saved["split"]):
+            if split == "test":
+                labels[:] = [(label + 1) % 2 for label in labels]
 
-def test_exchanged_photos_change_the_answers(run, release, tmp_path):
-    """Clinical and dermoscopy files exchanged at prediction time: the branches notice."""
-    swapped = shutil.copytree(release, tmp_path / "swapped")
-    table = (swapped / "meta" / "meta.csv").read_text()
-    (swapped / "meta" / "meta.csv").write_text(table.replace("clinic,derm,", "derm,clinic,"))
-    before = evaluate.read_predictions(run / "predictions.csv").branches
-    evaluate.main([str(run), "--data", str(swapped), "--cache", str(tmp_path / "cache"), "--device", "cpu"])
-    after = evaluate.read_predictions(run / "predictions.csv").branches
-    assert np.abs(before["clinical"] - after["clinical"]).max() > 1e-3
+    edit(run, change)
+    for rule in ("near", "maximum"):
+        after, _ = evaluate.evaluate_run(run, rule=rule)
+        assert after["valid"]["fusion"] == before["valid"]["fusion"] and after["test"] != before["test"]
+        if rule == "near":
+            assert after["decided"] == before["decided"]
 
+def test_rows_of_predictions_may_be_shuffled_but_not_lost_doubled_or_strange(run):
+    results = evaluate.main([str(run)])
+    path = run / "predictions.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *rows[::-1]]) + "\n")
+    assert evaluate.main([str(run)]) == results
+    strange = ["x" + rows[0], *rows[1:]]
+    for damage in (rows[1:], [*rows, rows[0]], [rows[1], *rows[1:]], strange, [row[:40] for row in rows], []):
+        path.write_text("\n".join([header, *damage]) + "\n")
+        with pytest.raises(RunError, match="predictions.csv is not as it was written"):
+            evaluate.main([str(run)])
 
-def test_read_predictions_is_the_inverse_of_write(tmp_path):
-    labels, branches = three_branches(20, TASKS)
-    labels[3, 1] = -1
-    p = evaluate.Predictions(TASKS, [f"case {n % 7}" for n in range(20)], np.array(["valid"] * 7 + ["test"] * 13), labels, branches,
-                             {"sex": ["female", ""] * 10})
-    evaluate.write_predictions(tmp_path / "p.csv", p)
-    found = evaluate.read_predictions(tmp_path / "p.csv")
-    assert (found.tasks, found.cases, found.metadata) == (p.tasks, p.cases, p.metadata)
-    assert (found.labels == labels).all() and (found.split == p.split).all()
-    assert all((found.branches[branch] == values).all() for branch, values in branches.items())
-
-
-def test_several_runs_mean_and_deviation(run, tmp_path, capsys):
+def test_groups_and_difference_of_runs(run, tmp_path, capsys):
     other = shutil.copytree(run, tmp_path / "other")
-    with open(other / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row["fusion"] = row["clinical"]
-    with open(other / "predictions.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    edit(other, lambda saved: saved["flags"].update(seed=1))
+    with_branches(other, {branch: np.full((35, 24), 0.3) for branch in BRANCHES})
     capsys.readouterr()
-    evaluate.main([str(run), str(other)])
+    evaluate.main([str(run), str(other), "--against", str(other)])
     text = capsys.readouterr().out
-    values = [100 * json.loads((each / "results.json").read_text())["test"]["fused"]["mean_auc"] for each in (run, other)]
-    assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
-    saved = json.loads((other / "args.json").read_text())
-    saved["flags"]["w"] = 0.3
-    (other / "args.json").write_text(json.dumps(saved))
-    evaluate.main([str(run), str(other)])
+    found = [json.loads((each / "results.json").read_text()) for each in (run, other)]
+    values = [100 * each["test"]["weighted"]["mean_auc"] for each in found]
+    assert "all runs" in text and f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
+    assert f"AUC: {run} - {other} = {values[0] - values[1]:+.1f} points" in text
+    flags = [{"flags": {"w": w, "seed": seed}} for w, seed in ((0.1, 0), (0.1, 1), (0.3, 0))]
+    evaluate.print_groups(flags, [found[0]] * 3)
     text = capsys.readouterr().out
-    assert "w 0.1" in text and "w 0.3" in text
+    assert "w 0.1" in text and "w 0.3" in text and "seed" not in text
 
-
-def test_paired_difference(run, tmp_path, capsys):
-    labels, branches = three_branches(200, TASKS)
-    p = evaluate.Predictions(TASKS, list(map(str, range(200))), np.array(["test"] * 200), labels, branches, {})
-    noise = evaluate.softmax(np.random.default_rng(9).normal(size=(200, 5)), TASKS)
-    better = evaluate.difference(p, p._replace(branches={"fusion": noise}))
-    assert all(low > 0 and above == 1 for _, (low, _), above in (better[name] for name in ("mean_auc", "mean_accuracy")))
-    gap, (low, high), above = evaluate.difference(p, p)["mean_auc"]
-    assert gap == low == high == above == 0
-    with pytest.raises(RunError, match="different tasks or test lesions"):
-        evaluate.difference(p, p._replace(cases=p.cases[::-1]))
-    capsys.readouterr()
-    evaluate.main([str(run), "--against", str(run)])
-    assert "+0.0 points" in capsys.readouterr().out
-
-
-def test_lesions_of_the_training_split_are_never_tested(run, release, tmp_path):
-    """The same photos under another split: what was trained on would be tested."""
-    other = shutil.copytree(release, tmp_path / "other")
-    indexes = [other / "meta" / f"{split}_indexes.csv" for split in ("train", "test")]
-    texts = [path.read_text() for path in indexes]
-    for path, text in zip(indexes, reversed(texts)):
-        path.write_text(text)
-    with pytest.raises(RunError, match="was trained on 25 of the validation and test lesions"):
-        evaluate.main([str(run), "--data", str(other), "--cache", str(tmp_path / "cache"), "--device", "cpu"])
-
-
-def test_runs_on_other_lesions_are_not_averaged(run, tmp_path):
+@pytest.mark.parametrize("change", [{"release": "other photos"}, {"split": ["test"] * 60}], ids=str)
+def test_runs_on_other_lesions_are_not_compared(change, run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
-    text = (other / "predictions.csv").read_text()
-    (other / "predictions.csv").write_text(text.replace("38,test", "x38,test"))
-    with pytest.raises(RunError, match="different tasks or test lesions"):
-        evaluate.main([str(run), str(other)])
-    (other / "predictions.csv").write_text(text[:5000])
-    with pytest.raises(RunError, match="is not as it was written"):
-        evaluate.main([str(other)])
+    edit(other, lambda saved: saved.update(change))
+    for arguments in ([str(run), str(other)], [str(run), "--against", str(other)]):
+        with pytest.raises(RunError, match="different lesions"):
+            evaluate.main(arguments)
 
+def test_paper_is_compared_on_the_published_lesions_alone(run, tmp_path, capsys):
+    with pytest.raises(RunError, match="--compare-paper"):
+        evaluate.main([str(run), "--compare-paper"])
+    p = predictions(*made(300, data.SPC_TASKS), data.SPC_TASKS)
+    evaluate.print_tables(evaluate.finish(tmp_path, p, evaluate.decide(p)), compare=True)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["94.7"] == [row[-1] for row in rows if row[:1] == ["DIAG/BCC"]]
+    assert [row[-1] for row in rows if row[:1] == ["mean"]][:2] == ["87.6", "77.4"]
+    assert ["73.3", "65.3", "91.8"] in [row[-3:] for row in rows]
 
-def test_subgroups_count_and_leave_out_empty_classes():
-    labels, probabilities = predictions(60)
-    labels[:10, 0] = 0  # the young have class a alone: no AUC from DIAG
-    p = evaluate.Predictions(TASKS, [str(n) for n in range(60)], np.array(["test"] * 60), labels, {"fused": probabilities},
-                             {"age": ["15"] * 10 + ["45.0"] * 50, "site": ["trunk"] * 60, "sex": ["male"] * 59 + [""]})
-    found = evaluate.subgroups(p)
-    assert {name: each["lesions"] for name, each in found.items()} == {"age 0 to 19": 10, "age 40 to 59": 50, "sex male": 59,
-                                                                       "sex not given": 1}
-    assert found["age 0 to 19"]["columns"] == 1 and found["age 40 to 59"]["columns"] == 4
-    assert found["sex not given"]["mean_auc"] is None
+def test_a_folder_that_may_only_be_read_still_has_tables(run, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
 
-
-def test_pictures_are_drawn_or_their_absence_said(run, capsys):
-    pytest.importorskip("matplotlib")
-    evaluate.main([str(run)])
-    assert {"curves.png", "roc.png", "confusion.png", "reliability.png"} <= {path.name for path in run.iterdir()}
-
-
-def test_without_matplotlib_it_is_said(run, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    evaluate.main([str(run)])
-    assert "matplotlib is not installed" in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------------------------ one lesion
-
-
-def test_one_lesion(run, release, capsys):
-    photos = [str(release / "images" / f"{kind}0050.jpg") for kind in ("clinic", "derm")]
-    found = evaluate.main([str(run), "--clinical", photos[0], "--dermoscopy", photos[1], "--device", "cpu"])
+    monkeypatch.setattr(data, "whole", refuse)
+    assert evaluate.main([str(run)])["test"]
     text = capsys.readouterr().out
-    assert list(found) == ["clinical", "dermoscopy", "fusion", "fused"] and "seven-point score" in text
-    p = evaluate.read_predictions(run / "predictions.csv")
-    row = [case for case, split in zip(p.cases, p.split)].index("51")
-    for branch in ("clinical", "dermoscopy", "fusion"):  # the same photo, decoded alone
-        close(found[branch][0], p.branches[branch][row], 1e-6)
-    close(sum(part.sum() for part in evaluate.by_task(found["fused"], SPC)), 8.0)
-    with Image.open(run / "lesion-clinic0050.png") as picture:
-        assert picture.width == 1200
+    assert "results.json is not written (Permission denied)" in text and "Table 1" in text
 
-
-@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.2, 0.3, 0.5)])
-def test_the_gradient_map_is_that_of_the_answer(weights):
-    """Of photos that only their own branch reads: a branch without weight in the answer has no map."""
-    torch.manual_seed(0)
-    network = evaluate.model.PEMM("convnext_atto", (3, 2), fusion="concat").eval()
-    photos = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    maps, reads = evaluate.look(network, photos, dict(zip(evaluate.model.BRANCHES, weights)), [0, 1], torch.device("cpu"), None)
-    assert not reads
-    assert [bool(each.any()) for each in maps] == [weights[0] + weights[2] > 0, weights[1] + weights[2] > 0]
-
-
-def test_attention_of_a_point_is_that_of_the_second_stage():
-    torch.manual_seed(0)
-    network = evaluate.model.PEMM("convnext_atto", (3, 2)).eval()
-    photos = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    _, reads = evaluate.look(network, photos, {"fusion": 1.0}, [0, 1], torch.device("cpu"), (0.99, 0.0))
-    with torch.no_grad():
-        c, d = (photo for photo in data.normalise(torch.from_numpy(photos)[None]))
-        encoder = network.encoders[0]
-        c, d = network.attentions[0](encoder.stages[0](encoder.stem(c)), encoder.stages[0](encoder.stem(d)))
-        expected = network.attentions[1].weights_at(encoder.stages[1](c), encoder.stages[1](d), 0, 7)
-    for (found, mark), weights in zip(reads, expected):
-        close(found, 64 * weights[0], 1e-5)
-
-
-@pytest.mark.parametrize("kind", ["clinical", "dermoscopy"])
-def test_one_photo_is_answered_by_its_branch(kind, run, release, capsys):
-    found = evaluate.main([str(run), f"--{kind}", str(release / "images" / "derm0050.jpg"), "--device", "cpu"])
-    assert list(found) == [kind] and f"only the {kind} photo" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK", "rotated"])
-def test_strange_photos_of_one_lesion(mode, run, release, tmp_path):
-    with Image.open(release / "images" / "derm0050.jpg") as image:
-        if mode == "rotated":
-            exif = Image.Exif()
-            exif[0x0112] = 6
-            image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif, quality=95)
-        else:
-            image.convert(mode).save(tmp_path / "a.jpg", quality=95)
-    found = evaluate.main([str(run), "--dermoscopy", str(tmp_path / "a.jpg"), "--device", "cpu"])
-    upright = evaluate.main([str(run), "--dermoscopy", str(release / "images" / "derm0050.jpg"), "--device", "cpu"])
-    if mode != "L":
-        close(found["dermoscopy"], upright["dermoscopy"], 0.05)
-
-
-def test_a_folder_of_pairs_becomes_a_csv(run, release, tmp_path):
-    for kind, folder in (("clinic", "clinical"), ("derm", "dermoscopy")):
-        (tmp_path / folder).mkdir()
-        for n in range(3):
-            shutil.copy(release / "images" / f"{kind}{n:04}.jpg", tmp_path / folder / f"lesion{n}.jpg")
-    arguments = [str(run), "--clinical", str(tmp_path / "clinical"), "--dermoscopy", str(tmp_path / "dermoscopy"), "--device", "cpu"]
-    evaluate.main(arguments)
-    found = evaluate.read_predictions(run / "lesions.csv")
-    assert found.cases == ["lesion0", "lesion1", "lesion2"] and found.tasks == SPC and "fused" in found.branches
-    (tmp_path / "clinical" / "lesion1.jpg").unlink()
-    with pytest.raises(RunError, match="1 photos have no partner of the same name: lesion1"):
-        evaluate.main(arguments)
-
-
-@pytest.mark.parametrize("damage, arguments, says", [
-    ("predictions.csv", [], "predictions.csv is missing"),
-    ("*", [], "is no finished run; if one was stopped there"),
-    ("model.pt", ["--clinical", "x.jpg"], "no model.pt; is it a finished run"),
-    ("results.json", ["--clinical", "x.jpg"], "results.json cannot be read"),
-    (None, ["--clinical", "x.jpg"], "x.jpg: missing"),
-    (None, ["--data", "nowhere"], "no such file or folder"),
-    (None, ["--device", "nonsense", "--clinical", "x.jpg"], "--device nonsense"),
-], ids=str)
-def test_what_is_missing_is_named(damage, arguments, says, run):
-    if damage:
-        [path.unlink() for path in run.glob(damage)]
-    with pytest.raises((RunError, data.DataError), match=says):
+@pytest.mark.parametrize("arguments, says", [
+    ([], "model.pt: missing or damaged"), (["--clinical", "x.jpg"], "model.pt: missing or damaged"),
+    (["--device", "nonsense"], "--device nonsense")], ids=str)
+def test_damage_is_named(arguments, says, run):
+    (run / "model.pt").write_bytes(b"no model")
+    with pytest.raises(RunError, match=says):
         evaluate.main([str(run), *arguments])
 
+def evaluate_csv(run, release, rows, name="new"):
+    """The results on a CSV of these rows; photos named by number. The run's own files keep their bytes."""
+    folder = release.parent / run.parent.name
+    folder.mkdir(exist_ok=True)
+    for row in rows:
+        for view, kind in (("clinical", "clinic"), ("dermoscopy", "derm")):
+            if isinstance(row.get(view), int):
+                row[view] = str(release / "images" / f"{kind}{row[view]:04}.jpg")
+    with open(folder / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    before = contents(run)
+    results, _ = evaluate.evaluate_new(run, folder / f"{name}.csv", folder, CPU)
+    assert contents(run) == before
+    return results
 
-def test_damaged_model_is_named(run):
-    (run / "model.pt").write_bytes((run / "model.pt").read_bytes()[:1000])
-    with pytest.raises(RunError, match="model.pt is damaged"):
-        evaluate.main([str(run), "--clinical", "x.jpg"])
+def test_learned_lesions_are_left_out(run, release, tmp_path, capsys):
+    """By name, whatever its photos; by either photo, though its file has other bytes; nothing else."""
+    photo = (release / "images" / "derm0003.jpg").read_bytes()
+    (tmp_path / "derm.jpg").write_bytes(photo[:2] + b"\xff\xfe\x00\x07hello" + photo[2:])  # a comment
+    rows = [{"case": "1", "clinical": 40, "dermoscopy": 40},
+            {"case": "same pixels", "clinical": 41, "dermoscopy": tmp_path / "derm.jpg"},
+            {"case": "same clinical photo", "clinical": 4, "dermoscopy": 42},
+            {"case": "40", "clinical": 43, "dermoscopy": 43},
+            {"case": "new", "clinical": 44, "dermoscopy": 45},
+            {"case": "validation", "clinical": 30, "dermoscopy": 30}]
+    assert evaluate_csv(run, release, rows) is None  # no labels
+    assert [row["case"] for row in table(run / "new" / "predictions.csv")] == ["40", "new", "validation"]
+    text = capsys.readouterr().out
+    assert "3 of 6 lesions are tested, 0 labelled" in text and "1 by name, 2 by photo" in text
+    with pytest.raises(RunError, match="learned from every lesion"):
+        evaluate_csv(run, release, rows[:3])
 
+def test_predictions_without_labels_are_the_runs(run, release):
+    decided = evaluate.main([str(run)])["decided"]
+    evaluate_csv(run, release, [{"case": str(n), "clinical": n, "dermoscopy": n} for n in range(40, 60)])
+    expected = {row["case"]: row for row in table(run / "predictions.csv")}
+    for row in table(run / "new" / "predictions.csv"):
+        same = expected[str(int(row["case"]) + 1)]
+        for column in (name for name in row if "/" in name):
+            assert abs(float(row[column]) - float(same[column])) < 1e-6, column
+        odds = 1.0
+        for branch in BRANCHES:
+            odds *= (float(row[f"{branch}/BWV/PRS"]) / float(row[f"{branch}/BWV/absent"])) ** decided["weights"][branch]
+        odds **= 1 / decided["temperature"]
+        close(float(row["calibrated/BWV/PRS"]), odds / (1 + odds), 1e-6)
+    assert not (run / "new" / "results.json").exists()
 
-def test_flags_that_would_show_nothing_are_refused(run, release):
-    photo = str(release / "images" / "derm0050.jpg")
-    with pytest.raises(RunError, match="--point shows the attention between two photos"):
-        evaluate.main([str(run), "--dermoscopy", photo, "--point", "0.5", "0.5", "--device", "cpu"])
-    results = json.loads((run / "results.json").read_text())
-    for branch in results["test"].values():
-        branch["accuracy"] = {"DIAG": 0.5}
-    with pytest.raises(RunError, match="--compare-paper: the figures are of the Seven-Point Checklist"):
-        evaluate.print_tables(results, compare=True)
+def test_new_labels_are_matched_by_name_and_measured(run, release):
+    """A release whose rows are all test, without some classes and tasks, its names in other letters."""
+    veils, names = {"absent": "ABSENT", "PRS": "prs"}, {"MEL": "mel", "NEV": "Nev"}
+    rows = []
+    for row in table(run / "predictions.csv"):
+        photo = int(row["case"]) - 1
+        rows.append({"case": f"new {photo}", "clinical": photo, "dermoscopy": photo, "split": "test", "other": "x",
+                     "sex": row["sex"], "bwv": veils[row["BWV"]], "Diag": names.get(row["DIAG"], "")})
+    results = evaluate_csv(run, release, rows)
+    assert results["decided"] == json.loads((run / "results.json").read_text())["decided"]
+    assert {"sex female", "sex male"} == set(results["subgroups"])
+    written = table(run / "new" / "predictions.csv")
+    assert [row["BWV"] for row in written] == [{"ABSENT": "absent", "prs": "PRS"}[row["bwv"]] for row in rows]
+    assert [row["DIAG"] for row in written] == [row["Diag"].upper() for row in rows]
+    for branch, found in results["test"].items():
+        assert list(found["accuracy"]) == ["DIAG", "BWV"]
+        assert list(found["auc"]) == ["DIAG/NEV", "DIAG/MEL", "BWV/PRS"]
+        for column, value in found["auc"].items():
+            task, name = column.split("/")
+            known = [row for row in written if row[task]]
+            scores = [float(row[f"{branch}/{column}"]) for row in known]
+            close(value, metrics.roc_auc_score([row[task] == name for row in known], scores))
+        right = [(float(row[f"{branch}/BWV/PRS"]) > 0.5) == (row["BWV"] == "PRS") for row in written]
+        close(found["accuracy"]["BWV"], np.mean(right))
 
+def test_exchanged_photos_are_another_release(run, release, tmp_path):
+    exchanged = shutil.copytree(release, tmp_path / "exchanged")
+    meta = exchanged / "meta" / "meta.csv"
+    meta.write_text(meta.read_text().replace("clinic,derm,", "derm,clinic,", 1))
+    evaluate.main([str(run), "--data", str(exchanged), "--cache", str(tmp_path / "cache"), "--device", "cpu"])
+    before, after = (table(path / "predictions.csv") for path in (run, run / "exchanged"))
+    assert [row["case"] for row in after] == [row["case"] for row in before]
+    assert max(abs(float(a["clinical/DIAG/MEL"]) - float(b["clinical/DIAG/MEL"])) for a, b in zip(after, before)) > 1e-3
 
-def test_other_tasks_are_refused(run, tmp_path):
-    from test_data import make_milk
-    with pytest.raises(RunError, match="but .* learned"):
-        evaluate.main([str(run), "--data", str(make_milk(tmp_path / "milk")), "--cache", str(tmp_path)])
+def test_a_photo_that_the_network_needs_must_be_there(run, release):
+    with pytest.raises(RunError, match="reads clinical and dermoscopy; .* has only dermoscopy"):
+        evaluate_csv(run, release, [{"case": "a", "dermoscopy": 50}])
 
+# ----------------------------------------------------------------------------------------------------------- one lesion
 
-@pytest.mark.parametrize("arguments", [["--tta"], ["--point", "2", "0", "--clinical", "x.jpg"], []], ids=" ".join)
-def test_usage_errors(arguments):
-    with pytest.raises(SystemExit):
-        evaluate.main(["run", *arguments] if arguments else [])
+def photos(release):
+    return {"clinical": release / "images" / "clinic0050.jpg", "dermoscopy": release / "images" / "derm0050.jpg"}
+
+def test_one_lesion_is_answered_as_in_predictions_csv(run, release, capsys):
+    paths = photos(release)
+    answer = evaluate.main([str(run), "--device", "cpu", *(f"--{view}={path}" for view, path in paths.items())])
+    row = next(row for row in table(run / "predictions.csv") if row["case"] == "51")
+    for task, classes in answer.items():
+        for name, value in classes.items():
+            assert abs(value - float(row[f"calibrated/{task}/{name}"])) < 5e-3  # which may be of bfloat16
+    assert f"DIAG: {max(answer['DIAG'], key=answer['DIAG'].get)}" in capsys.readouterr().out
+    with Image.open(run / "lesion-clinic0050.png") as picture:
+        assert picture.size == (1320, 400)
+
+@pytest.mark.parametrize("view", data.VIEWS)
+def test_one_photo_is_answered_by_its_branch(view, run, release, capsys, monkeypatch):
+    decided = {"weights": dict.fromkeys(BRANCHES, 1 / 3), "temperature": 2.0}
+    monkeypatch.setattr(evaluate, "decide", lambda p, rule: decided)
+    path = photos(release)[view]
+    answer = evaluate.one_lesion(run, {view: path}, {}, CPU)
+    assert f"only the {view} photo is used" in capsys.readouterr().out
+    saved = torch.load(run / "model.pt", weights_only=True)
+    pixels = torch.from_numpy(data.decode(path, 32))[None, None]
+    image = data.as_inputs(pixels, (view,))[view]
+    with torch.no_grad():
+        logits = evaluate.load_network(saved, CPU)(image, image)[view][0]
+    close(list(answer["DIAG"].values()), (logits / 2).softmax(1)[0], 1e-5)
+
+def test_photos_that_say_nothing_are_said(run, release, capsys):
+    path = photos(release)["clinical"]
+    evaluate.one_lesion(run, {"clinical": path, "dermoscopy": path}, {}, CPU)
+    assert "one and the same picture" in capsys.readouterr().out
+    remake(run, modality="dermoscopy")
+    with_branches(run, {"dermoscopy": np.full((35, 24), 0.3)})
+    evaluate.one_lesion(run, photos(release), {}, CPU)
+    assert "only the dermoscopy photo is used" in capsys.readouterr().out
+    with pytest.raises(RunError, match="needs the dermoscopy photo"):
+        evaluate.one_lesion(run, {"clinical": path}, {}, CPU)
+
+def test_a_single_branch_is_its_own_answer(run, release, tmp_path):
+    remake(run, modality="dermoscopy")
+    results, _ = with_branches(run, {"dermoscopy": np.full((35, 24), 0.3)})
+    assert list(results["test"]) == ["dermoscopy"] and results["decided"]["weights"] == {"dermoscopy": 1.0}
+    evaluate_csv(run, release, [{"case": "a", "dermoscopy": 50}])
+    assert len(table(run / "new" / "predictions.csv")) == 1
+
+def looked_at(run, release, monkeypatch, weights):
+    """The maps that the picture shows."""
+    maps, overlay = [], evaluate.overlay
+    decided = {"weights": dict(zip(BRANCHES, weights)), "temperature": 1.0}
+    monkeypatch.setattr(evaluate, "decide", lambda p, rule: decided)
+    monkeypatch.setattr(evaluate, "overlay", lambda photo, heat: maps.append((photo, heat)) or overlay(photo, heat))
+    evaluate.one_lesion(run, photos(release), {}, CPU)
+    return maps
+
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_gradient_maps_belong_to_the_branches_of_the_answer(weights, run, release, monkeypatch):
+    """Without attention a branch sees its own photo alone."""
+    remake(run, fusion="concat")
+    maps = looked_at(run, release, monkeypatch, weights)
+    assert [bool(heat.any()) for _, heat in maps] == [weights[0] + weights[2] > 0, weights[1] + weights[2] > 0]
+
+def test_attention_is_that_of_the_place_that_counts_most(run, release, monkeypatch):
+    maps = looked_at(run, release, monkeypatch, (0, 0, 1))
+    assert len(maps) == 4
+    network = evaluate.load_network(torch.load(run / "model.pt", weights_only=True), CPU)
+    decoded = {view: data.decode(path, 32) for view, path in photos(release).items()}
+    with torch.no_grad():
+        inputs = data.as_inputs(torch.from_numpy(np.stack(list(decoded.values())))[None], data.VIEWS)
+        encoder, features = network.encoders[0], []
+        c, d = network.attentions[0](*(encoder.stages[0](encoder.stem(image)) for image in inputs.values()))
+        features = [encoder.stages[1](c), encoder.stages[1](d)]
+        for number, (view, other) in enumerate((data.VIEWS, data.VIEWS[::-1])):
+            counts, (photo, read) = maps[2 * number][1], maps[2 * number + 1]
+            row, column = np.unravel_index(int(counts.argmax()), (32, 32))
+            expected = network.attentions[1].attention_at(*features, row // 8, column // 8)[view][0]
+            close(read, expected, 1e-4)
+            assert (photo == decoded[other]).all()
+
+def test_long_class_names_do_not_break_the_picture(run, release):
+    edit(run, lambda saved: saved["tasks"].update(BWV=("ä" * 75, "b" * 750)))
+    with_branches(run, {branch: np.full((35, 24), 0.3) for branch in BRANCHES})
+    assert len(evaluate.one_lesion(run, photos(release), {}, CPU)["BWV"]) == 2

@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import log_loss
 
 from conftest import close
-from loss import biased_loss, branch_loss, equal_loss
+from loss import biased_loss, branch_loss, clnet_loss, dice_loss, equal_loss, focal
 
 
 def branches(*shapes, seed=0):
@@ -77,3 +77,48 @@ def test_a_model_of_one_branch_has_that_branchs_loss():
     total, parts = biased_loss({"dermoscopy": logits}, labels)
     assert list(parts) == ["dermoscopy"] and not parts["dermoscopy"].requires_grad
     close(total, branch_loss(logits, labels))
+
+
+# ------------------------------------------------------------------------------------------------------ CLNet's losses
+
+
+def test_focal_with_gamma_0_is_cross_entropy_and_by_hand():
+    cost = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
+    close(focal(cost, 0), cost)
+    p = 0.25  # of the truth: (1 - 0.25)^2 * log 4
+    close(focal(torch.tensor(-math.log(p), dtype=torch.float64), 2.0), 0.5625 * math.log(4))
+
+
+def test_focal_branch_loss_leaves_out_unknown_labels_and_has_their_mean():
+    logits, labels = branches((5, 3), (5, 2))["fusion"], torch.tensor([[0, -1], [2, 1], [-1, -1], [1, 0], [1, 1]])
+    expected = []
+    for t, z in enumerate(logits):
+        known = labels[:, t] >= 0
+        p = z.softmax(1)[known, labels[known, t]]
+        expected.append(((1 - p) ** 2 * -p.log()).mean())
+    close(branch_loss(logits, labels, 2.0), sum(expected) / 2)
+    gradients = torch.autograd.grad(branch_loss(logits, labels, 2.0), logits)
+    assert all(gradient.isfinite().all() for gradient in gradients) and not gradients[0][2].any()
+
+
+@pytest.mark.parametrize("found, given, expected", [
+    ([1, 1, 0, 0], [1, 1, 0, 0], 0.0),  # perfect
+    ([0, 0, 0, 0], [0, 0, 0, 0], 0.0),  # empty and found empty
+    ([1, 1, 1, 1], [0, 0, 0, 0], 1 - 1 / 5),
+    ([0, 0, 0, 0], [1, 1, 1, 1], 1 - 1 / 5),
+    ([1, 1, 0, 0], [0, 1, 1, 0], 1 - 3 / 5),
+])
+def test_dice_by_hand(found, given, expected):
+    logits = 1000 * (torch.tensor(found, dtype=torch.float64) - 0.5).view(1, 1, 2, 2)
+    assert abs(dice_loss(logits, torch.tensor(given, dtype=torch.float64).view(1, 1, 2, 2)) - expected) < 1e-9
+
+
+def test_clnet_loss_is_the_sum_of_its_parts():
+    logits, labels = branches((2, 3))["dermoscopy"], torch.tensor([[0], [2]])
+    z, mask = torch.randn(2, 1, 4, 4), torch.randint(0, 2, (2, 1, 4, 4)).float()
+    total, parts = clnet_loss({"dermoscopy": logits, "mask": z}, labels, mask)
+    p = torch.where(mask == 1, z.sigmoid(), 1 - z.sigmoid())
+    close(parts["mask"], (-(1 - p) ** 2 * p.log()).mean() + dice_loss(z, mask), 1e-5)
+    close(parts["dermoscopy"], branch_loss(logits, labels, 2.0))
+    close(total, parts["mask"] + parts["dermoscopy"], 1e-6)
+    assert list(clnet_loss({"mask": z}, labels, mask)[1]) == ["mask"]

@@ -5,7 +5,7 @@ import torch
 import backbones
 from conftest import close, randomise
 from loss import biased_loss
-from model import PEMM, OneModality, count_parameters
+from model import AMMFM, CLNet, GuidedAttention, MAT, PEMM, OneModality, SelfAttention, count_parameters
 
 BRANCHES = ("clinical", "dermoscopy", "fusion")
 
@@ -158,3 +158,141 @@ def test_a_single_pair_is_evaluated_and_refused_in_training():
 def test_unknown_switches_are_refused(switch):
     with pytest.raises(ValueError, match="'none': choose"):
         PEMM("convnext_atto", **{switch: "none"})
+
+
+# ----------------------------------------------------------------------------------------------- AMMFM, MAT and CLNet
+
+
+def asymmetric(backbone="convnext_atto", clinical_backbone="convnext_atto", opened=True):
+    torch.manual_seed(0)
+    network = AMMFM(backbone, clinical_backbone, (3, 2))
+    if opened:
+        randomise(network)
+    return network.double().eval()
+
+
+def test_ammfm_reads_clinical_into_dermoscopy_and_nothing_back():
+    model = asymmetric()
+    assert reads(model, "clinical") == {"clinical"}
+    assert reads(model, "dermoscopy") == reads(model, "fusion") == {"clinical", "dermoscopy"}
+
+
+def test_a_new_ammfm_is_two_encoders_side_by_side():
+    model, (clinical, dermoscopy) = asymmetric(opened=False), photos()
+    c = model.clinical_encoder.pool(model.clinical_encoder(clinical)[-1])
+    d = model.dermoscopy_encoder.pool(model.dermoscopy_encoder(dermoscopy)[-1])
+    assert_same(model(clinical, dermoscopy), {"clinical": model.clinical_classifier(c), "dermoscopy": model.dermoscopy_classifier(d),
+                                              "fusion": model.fusion_classifier(torch.cat((c, d), 1))})
+
+
+@pytest.mark.parametrize("backbone", backbones.BACKBONES)
+def test_ammfm_fits_every_backbone_and_is_smaller_than_two(backbone):
+    with torch.device("meta"):
+        model = AMMFM(backbone, "mobilenet_v2")
+        assert count_parameters(model) < count_parameters(PEMM(backbone, **BASELINE)) or backbone in ("convnext_atto", "mobilenet_v2")
+        assert model(*torch.randn(2, 2, 3, 75, 117))["fusion"][0].shape == (2, 5)
+
+
+def test_self_attention_is_torchs_encoder_layer():
+    torch.manual_seed(0)
+    block = randomise(SelfAttention(32, 4)).double().eval()
+    twin = torch.nn.TransformerEncoderLayer(32, 4, 128, 0.1, batch_first=True).double().eval()  # post-norm, ReLU
+    names = {"attention": "self_attn", "feed_forward.0": "linear1", "feed_forward.3": "linear2"}
+    state = {}
+    for key, value in block.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[key] = value
+    twin.load_state_dict(state)
+    x = torch.randn(3, 5, 32, dtype=torch.float64, requires_grad=True)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] + [True] * 4])
+    ours, theirs = block(x, padding)[0][~padding], twin(x.requires_grad_(), src_key_padding_mask=padding)[~padding]
+    close(ours, theirs)
+    close(torch.autograd.grad(ours.square().sum(), x)[0], torch.autograd.grad(theirs.square().sum(), x)[0])
+
+
+def test_guided_attention_by_hand():
+    """One head of width 4: softmax(q k^T / 2) v, then both layers of Fig. 2."""
+    torch.manual_seed(0)
+    block = randomise(GuidedAttention(4, 1), spread=0.3).double().eval()
+    x, guide = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 6, 4, dtype=torch.float64)
+    w_q, w_k, w_v = block.attention.in_proj_weight.split(4)
+    b_q, b_k, b_v = block.attention.in_proj_bias.split(4)
+    q, k, v = x @ w_q.T + b_q, guide @ w_k.T + b_k, guide @ w_v.T + b_v
+    read = block.attention.out_proj((q @ k.transpose(1, 2) / 2).softmax(-1) @ v)
+    first = block.norm1(x + read)
+    close(block.first(x, guide), first)
+    close(block(x, guide), block.norm2(first + block.feed_forward(first)))
+
+
+def transformer(unit):
+    torch.manual_seed(0)
+    return randomise(MAT("convnext_atto", (3, 2), 9, unit=unit, width=32)).double().eval()
+
+
+UNITS = ("none", "sa-sa", "sa-sga", "sga-sa", "sga-sga")
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_padding_and_the_order_of_a_batch_change_nothing(unit):
+    model, image = transformer(unit), torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    words = torch.tensor([[1, 4, 2], [1, 8, 0], [1, 0, 0]])
+    expected = model(image, words)
+    longer = torch.cat((words, torch.zeros(3, 2, dtype=torch.int64)), 1)
+    assert_same(model(image, longer), expected)
+    turned = model(image.flip(0), words.flip(0))
+    assert_same({"fusion": [z.flip(0) for z in turned["fusion"]]}, expected)
+    other = model(image, torch.tensor([[1, 5, 2], [1, 8, 0], [1, 3, 0]]))["fusion"][0]
+    changed = (other - expected["fusion"][0]).abs().amax(1) > 1e-6
+    assert changed.tolist() == [True, False, True], "a word changes its own lesion's answer and no other's"
+
+
+@pytest.mark.parametrize("unit, guided", [("none", ""), ("sa-sa", ""), ("sa-sga", "image"), ("sga-sa", "words"),
+                                          ("sga-sga", "image words")])
+def test_who_is_guided_by_whom(unit, guided, monkeypatch):
+    """What enters the product from each side, and whether it depends on the other side."""
+    model = transformer(unit)
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    embedded = []
+    model.embedding.register_forward_hook(lambda module, inputs, out: embedded.append(out))
+    sides = {}
+    for name in ("image", "words"):
+        getattr(model, f"{name}_out").register_forward_hook(lambda module, inputs, out, name=name: sides.update({name: out}))
+    model(image, torch.tensor([[1, 4, 2], [1, 8, 0]]))
+    by_words, = torch.autograd.grad(sides["image"].square().sum(), embedded[0], retain_graph=True, allow_unused=True)
+    by_image, = torch.autograd.grad(sides["words"].square().sum(), image, allow_unused=True)
+    assert (by_words is not None and bool(by_words.any())) == ("image" in guided)
+    assert (by_image is not None and bool(by_image.any())) == ("words" in guided)
+
+
+@pytest.mark.parametrize("backbone", ["convnext_atto", "mobilenet_v2", "swin_t"])
+@pytest.mark.parametrize("learns, branches", [("both", ["dermoscopy", "mask"]), ("class", ["dermoscopy"]), ("mask", ["mask"])])
+def test_clnet_answers_at_odd_sizes(backbone, learns, branches):
+    with torch.device("meta"):
+        outputs = CLNet(backbone, (7, 2), learns=learns)(torch.randn(2, 3, 75, 117))
+    assert list(outputs) == branches
+    assert "mask" not in branches or outputs["mask"].shape == (2, 1, 75, 117)
+    assert "dermoscopy" not in branches or [z.shape for z in outputs["dermoscopy"]] == [(2, 7), (2, 2)]
+
+
+def test_clnets_halves_hear_of_each_other():
+    """Each answer depends on both encoders; the first layer of the decoder only on the mask's loss."""
+    torch.manual_seed(0)
+    model = CLNet("convnext_atto", (3,)).double().eval()
+    outputs = model(photos()[0])
+    for branch in ("dermoscopy", "mask"):
+        model.zero_grad()
+        answer = outputs[branch][0] if branch == "dermoscopy" else outputs[branch]
+        answer.square().sum().backward(retain_graph=True)
+        assert all(any(p.grad is not None and p.grad.any() for p in encoder.parameters()) for encoder in model.encoders)
+
+
+def test_a_mask_lies_where_its_photo_does():
+    """A flipped photo gives a flipped mask: the decoder neither turns nor shifts."""
+    torch.manual_seed(0)
+    model = CLNet("convnext_atto", (3,), learns="mask").double().eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 4 and parameter.shape[-1] > 1:  # symmetric kernels commute with a flip
+            parameter.data = (parameter.data + parameter.data.flip(-1)) / 2
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    close(model(image.flip(-1))["mask"], model(image)["mask"].flip(-1))

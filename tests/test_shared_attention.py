@@ -151,10 +151,10 @@ def test_swapping_inputs_swaps_outputs_only_if_shared(shared, reading):
 
 
 @pytest.mark.parametrize("reading", ["cross", "swapped"])
-def test_weights_at_are_the_rows_that_forward_uses(reading):
+def test_attention_at_are_the_rows_that_forward_uses(reading):
     module, (clinical, dermoscopy) = opened(CrossAttention(16, reading=reading)), maps()
     row, column = 3, 1
-    weights = module.weights_at(clinical, dermoscopy, row, column)
+    weights = module.attention_at(clinical, dermoscopy, row, column)
     (_, _, v_c), (_, _, v_d) = module.project(clinical, dermoscopy)
     refined = module(clinical, dermoscopy)
     assert list(weights) == ["clinical", "dermoscopy"]
@@ -218,10 +218,10 @@ def test_asymmetric_information_flows_one_way():
     assert (changed_d - refined_d).abs().amax((1, 2, 3)).min() > 0.01  # every image moves
 
 
-def test_asymmetric_weights_at_are_the_rows_that_forward_uses():
+def test_asymmetric_attention_at_are_the_rows_that_forward_uses():
     module, (clinical, dermoscopy) = opened(AsymmetricAttention(6, 16)), unequal_maps()
     row, column = 4, 3  # a place that the smaller clinical map does not have
-    weights = module.weights_at(clinical, dermoscopy, row, column)
+    weights = module.attention_at(clinical, dermoscopy, row, column)
     assert list(weights) == ["dermoscopy"] and weights["dermoscopy"].shape == (3, 4, 3)
     close(weights["dermoscopy"].sum((1, 2)), torch.ones(3))
     values = module.projections.value(tokens(clinical))
