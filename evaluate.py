@@ -159,7 +159,8 @@ def measure(probabilities, labels, tasks):
         found["macro_f1"][task] = f1[np.union1d(truth, predicted)].mean()
         for k, column in columns.items():
             found["auc"][column] = metrics.roc_auc_score(truth == k, scores[:, k])
-            found["ap"][column] = metrics.average_precision_score(truth == k, scores[:, k])
+            if len(tasks) == 1:  # as in Table 9
+                found["ap"][column] = metrics.average_precision_score(truth == k, scores[:, k])
             found["precision"][column], found["sensitivity"][column] = precision[k], recall[k]
             found["specificity"][column] = (predicted != k)[truth != k].mean()
     means = {f"mean_{name}": float(np.mean(list(each.values()))) for name, each in found.items()}

@@ -10,8 +10,8 @@ features and from both. The switches of `PEMM` are the rows of Tables 5 and 6:
     encoder="shared",   fusion="sca"       PS + SCA = PEMM
     classifiers="shared"                   one classifier for the clinical and the dermoscopy branch
 
-Every model names its inputs in `reads` and returns a dict from branch to a list of T logit tensors (B, n_t); CLNet also
-a "mask", one tensor:
+Every model names its inputs in `reads` and returns a dict from branch to a list of T logit tensors (B, n_t). (CLNet's
+"mask" is one tensor.)
 
     outputs = network(*(inputs[name] for name in network.reads))
     outputs["fusion"][0]                   the fusion branch's logits of the first task
@@ -192,7 +192,6 @@ class MAT(nn.Module):
 
     unit   a row of Table 1: "none", "sa-sa", "sa-sga" (words guide the image), "sga-sa" (its mirror) or "sga-sga"
     words  (B, m) int64: numbers from the vocabulary, 0 where there is none; those come last
-
     Ours: the image tokens are the places of the encoder's last map, before its pool (in the paper 100 regions of a
     detector), and the words have learned embeddings (in the paper GloVe's).
     """
@@ -257,7 +256,6 @@ class CLNet(nn.Module):
     stage by stage; the class from the pooled fused maps, the mask from a U-Net's decoder on them.
 
     learns  "both", or a half alone, "class" or "mask" (rows of Tables 1 and 2): one encoder's maps in place of FM_i
-
     Ours: both encoders of one kind, so that their maps have one size; at most 256 channels in FM_i and in the decoder.
     """
 
@@ -304,11 +302,11 @@ class CLNet(nn.Module):
 
 def make(flags, num_classes, num_words=0, pretrained=False):
     """The model that train.py's flags (a dict) ask for: with pretrained weights if `pretrained`, else random ones."""
-    backbone, weights, clinical_weights = flags["backbone"], flags["weights"], flags["clinical_weights"]
-    if weights == "none" or not pretrained:
-        weights = None
-    if clinical_weights == "none" or not pretrained:
-        clinical_weights = None
+    backbone, weights, clinical_weights = flags["backbone"], None, None
+    if pretrained and flags["weights"] != "none":
+        weights = flags["weights"]
+    if pretrained and flags["clinical_weights"] != "none":
+        clinical_weights = flags["clinical_weights"]
     if flags["modality"] != "both":
         return OneModality(backbone, num_classes, weights, flags["modality"])
     if flags["model"] == "ammfm":
@@ -341,20 +339,21 @@ def main():
     for backbone, (one, two, pemm) in millions.items():
         rows += [("8", "one modality", one, OneModality, backbone, {}),
                  ("5, 8", "baseline: two encoders, concatenation", two, PEMM, backbone, baseline),
-                 ("3, 5, 8", "PEMM = PS + SCA", pemm, PEMM, backbone, {})]
+                 ("3, 5, 8", "PEMM = PS + SCA", pemm, PEMM, backbone, {}),
+                 ("", "AMMFM with a light MobileNetV2", "", AMMFM, backbone, {})]
     two_classes = {"num_classes": (2,)}
     millions = {"swin_v2_t": ("28.81", "58.48", "31.11"), "convnext_t": ("29.05", "58.95", "31.35")}
     for backbone, (one, two, pemm) in millions.items():
         rows += [("9", "one modality, 2 outputs", one, OneModality, backbone, two_classes),
                  ("9", "baseline, 2 outputs", two, PEMM, backbone, two_classes | baseline),
                  ("9", "PEMM, 2 outputs", pemm, PEMM, backbone, two_classes)]
-    print("tables   row                                   backbone      paper   ours, as the paper counts    at work")
+    print("tables   row                                   backbone     paper, M  ours, as the paper counts     at work")
     for table, row, paper, kind, backbone, keywords in rows:
         with torch.device("meta"):  # shapes only: counts need no memory
             network = kind(backbone, **keywords)
         counted = count_parameters(network)
         works = count_parameters(network, as_in_paper=False)
-        print(f"{table:8} {row:37} {backbone:12} {paper:>5} M  {counted / 1e6:5.2f} M = {counted:<10,}  {works:>14,}")
+        print(f"{table:8} {row:37} {backbone:12} {paper:>5}    {counted / 1e6:5.2f} M = {counted:<10,}  {works:>14,}")
     print("DenseNet-201's 20.17 has two digits swapped. At work: without ImageNet's idle classifier.")
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class AsymmetricAttention(nn.Module):
         q, k, _ = self.projections(tokens(dermoscopy), tokens(clinical))
         return {"dermoscopy": attention_of(q[:, row * dermoscopy.shape[3] + column], k, self.scale, clinical)}
 
-# ---------------------------------------------------------- the method is complete above; from here on it is about speed
+# --------------------------------------------------------- the method is complete above; from here on it is about speed
 
 LARGE = 32 ** 2  # places of a map; up to here the plain formula is fastest
 BLOCK = 2 ** 20  # weights computed at a time: 4 MB of float32, about what a core's cache holds

@@ -304,7 +304,7 @@ def fit(run, flags, release, device, state=None):
             optimizer.zero_grad()
             losses.append(torch.stack([total.detach(), *parts.values()]))
         losses = torch.stack(losses).cpu()  # the loop's only copy to the host
-        speed = len(train_rows) / (time.perf_counter() - clock)
+        speed = len(train_rows) * len(needed) / (time.perf_counter() - clock)
         if not losses.isfinite().all():
             batch = int((~losses.isfinite()).any(1).nonzero()[0])
             raise RunError(f"the loss of epoch {epoch + 1}, batch {batch + 1} is not finite. What was saved before is "
@@ -318,7 +318,7 @@ def fit(run, flags, release, device, state=None):
         row |= validation(network, release, words, device, flags["amp"])
         log.append(row)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name.startswith("valid"))
-        print(f"epoch {epoch + 1}/{flags['epochs']}  loss {row['loss']:.3f}  {shown}  {speed:.0f} lesions/s", flush=True)
+        print(f"epoch {epoch + 1}/{flags['epochs']}  loss {row['loss']:.3f}  {shown}  {speed:.0f} images/s", flush=True)
         # A save costs up to a second: at most 1/20 of the time goes to it, and always one after the last epoch.
         if epoch + 1 == flags["epochs"] or time.perf_counter() - last_save > 20 * save_seconds:
             clock = time.perf_counter()

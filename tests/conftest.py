@@ -3,11 +3,14 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for small tensors one thread is the fastest; before torch is imported
 import pytest
+import sklearn
 import torch
 
 import backbones
 import data
 import train
+
+sklearn.set_config(assume_finite=True, skip_parameter_validation=True)  # most of the time of small tests
 
 TINY = ["--backbone", "convnext_atto", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--device", "cpu",
         "--lr", "1e-3", "--epochs", "3", "--swa-start", "2"]

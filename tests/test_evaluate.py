@@ -107,6 +107,38 @@ def test_table_4_corrected():
         assert abs(100 * true / positives - printed["PRE"][n]) < 0.06
         assert abs(100 * (395 - positives - false) / (395 - true - false) - printed["SPE"][n]) < 0.11
 
+def test_one_task_has_average_precision_and_lrap():
+    """The label ranking average precision of one true class is the mean reciprocal of its rank."""
+    labels, branches = made(60, {"DIAG": ("a", "b", "c", "d")})
+    scores = branches["fusion"]
+    found = evaluate.measure(scores, labels, {"DIAG": ("a", "b", "c", "d")})
+    ranks = [1 + sum(score > row[label] for score in row) for row, label in zip(scores, labels[:, 0])]
+    close(found["lrap"], np.mean([1 / rank for rank in ranks]))
+    expected = [metrics.average_precision_score(labels[:, 0] == k, scores[:, k]) for k in range(4)]
+    close(found["mean_ap"], np.mean(expected))
+    labels, branches = made(60)
+    assert not {"lrap", "mean_ap"} & evaluate.measure(branches["fusion"], labels, TASKS).keys()
+
+class Painter(torch.nn.Module):
+    """Finds everything that is bright."""
+    reads = ("dermoscopy",)
+
+    def forward(self, image):
+        return {"mask": image.mean(1, keepdim=True)}
+
+def test_overlaps_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (60, 2, 8, 8, 3), np.uint8)
+    pixels[0] = 0  # nothing there, nothing found
+    pixels[1, 1] = 0  # nothing there, but something found
+    branches, overlaps = evaluate.predict(Painter(), pixels, ("dermoscopy", "mask"), np.zeros((60, 1), np.int64), CPU, False)
+    inputs = data.as_inputs(torch.from_numpy(pixels), ("dermoscopy", "mask"))
+    assert not branches and overlaps["jaccard"][0] == overlaps["dice"][0] == 1 and overlaps["jaccard"][1] == 0
+    for n in range(1, 60):
+        given, found = inputs["mask"][n].flatten(), (inputs["dermoscopy"][n].mean(0) > 0).flatten()
+        close(overlaps["jaccard"][n], metrics.jaccard_score(given, found, zero_division=0), 1e-6)
+        close(overlaps["dice"][n], metrics.f1_score(given, found, zero_division=0), 1e-6)
+
 # ------------------------------------------------------------------------------------------------------------ bootstrap
 
 def test_resampled_auc_is_scikit_learns_with_weights():

@@ -185,11 +185,11 @@ def test_a_new_ammfm_is_two_encoders_side_by_side():
                                               "fusion": model.fusion_classifier(torch.cat((c, d), 1))})
 
 
-@pytest.mark.parametrize("backbone", backbones.BACKBONES)
-def test_ammfm_fits_every_backbone_and_is_smaller_than_two(backbone):
+@pytest.mark.parametrize("backbone", ["swin_v2_t", "convnext_t", "resnet50"])
+def test_ammfm_takes_encoders_of_other_widths_and_is_smaller_than_two(backbone):
     with torch.device("meta"):
         model = AMMFM(backbone, "mobilenet_v2")
-        assert count_parameters(model) < count_parameters(PEMM(backbone, **BASELINE)) or backbone in ("convnext_atto", "mobilenet_v2")
+        assert count_parameters(model) < count_parameters(PEMM(backbone, **BASELINE))
         assert model(*torch.randn(2, 2, 3, 75, 117))["fusion"][0].shape == (2, 5)
 
 
