@@ -3,15 +3,7 @@
     release = read("release_v0", size=224)      # its kind is found from its contents; photos are decoded once
     inputs = augment(torch.from_numpy(release.pixels[rows]), release.views, generator)      # view -> (B, 3, 224, 224)
 
-| kind    | what is read                                                                | tasks                      |
-|---------|-----------------------------------------------------------------------------|----------------------------|
-| spc     | derm7pt: `meta/meta.csv`, `meta/{train,valid,test}_indexes.csv`, `images/`  | diagnosis, seven criteria  |
-| milk10k | `*GroundTruth.csv`, `*Metadata.csv`, photos in any folder below             | diagnosis, 11 classes      |
-| isic    | an ISIC Archive download: `metadata.csv`, photos in any folder below        | benign or malignant        |
-| ham     | HAM10000: `HAM10000_metadata.csv`, photos and masks in any folder below     | diagnosis, 7 classes       |
-| isic17  | `ISIC-2017_{Training,Validation,Test_v2}_Part3_GroundTruth.csv`, the same   | two, each present or not   |
-| pairs   | your own CSV: a column for each photo, mask and task; case, split, patient  | as the columns say         |
-
+The readers below say what is read of each kind of release; `pairs` is your own CSV file.
 Shapes: N lesions, V pictures of a lesion, T tasks, B lesions of a batch, S the side of the square photos.
 Run `python data.py PATH` to see what is in a release; `python data.py PATH --synthesize 1011` draws one first.
 """
@@ -29,7 +21,6 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +62,6 @@ SEVEN_POINTS = {("PN", "ATP"): 2, ("BWV", "PRS"): 2, ("VS", "IR"): 2,
                 ("STR", "IR"): 1, ("PIG", "IR"): 1, ("DaG", "IR"): 1, ("RS", "PRS"): 1}
 HAM10000 = ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")
 MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC")
-MALIGNANT = ("AKIEC", "BCC", "MAL_OTH", "MEL", "SCCKA")  # of MILK10K; AKIEC holds precancers and in-situ carcinomas
 UNKNOWN = ("?", "nan", "na", "n/a", "#n/a", "<na>", "null", "unknown")  # read as an empty cell
 METADATA = ("age", "age_approx", "sex", "skin_tone_class", "fitzpatrick_skin_type", "site", "anatom_site_general",
             "localization", "location", "elevation", "level_of_diagnostic_difficulty")  # for subgroups, and MAT's words
@@ -108,41 +98,49 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
     will only be predicted (to_train=False) need neither labels nor a split. With `masks` these are read too."""
     path = Path(path).expanduser().resolve()
     kind, folder, views, tasks, rows, notes = read_tables(path)
-    photos = tuple(view for view in views if view != "mask")
     if not masks:
-        views = photos
+        views = tuple(view for view in views if view != "mask")
     find_photos(rows, views, folder)
-    for task, classes in tasks.items():
-        wrong = [f"{row['where']} {row[task]!r}" for row in rows if row[task] not in ("", *classes)]
-        require(not wrong, f"{task} is none of {', '.join(classes)}; correct or empty it: {listed(wrong)}")
-    split_is_given = any(row["split"] for row in rows)
-    used = [row for row in rows if any(row[task] for task in tasks) and (row["split"] or not split_is_given)]
+    used = [row for row in rows if any(row[task] for task in tasks)]  # what is trained on
+    if any(row["split"] for row in rows):
+        used = [row for row in used if row["split"]]
     if to_train:
         if len(used) < len(rows):
             notes.append(f"WARNING: {len(rows) - len(used)} lesions have no label or no split and are left out")
         rows = used
     require(rows, f"{path}: no lesion with all its photos and a label. {'; '.join(notes)}")
     cases = [row["case"] for row in rows]
-    [(case, count)] = Counter(cases).most_common(1)
+    case, count = Counter(cases).most_common(1)[0]  # the name that most lesions have
     require(count == 1, f"{path}: {count} lesions are called {case}; remove rows or give a column case")
-    labels = np.array([[("", *tasks[task]).index(row[task]) - 1 for task in tasks] for row in rows], np.int64)
-    split = np.array([row["split"] for row in rows])
-    code = np.column_stack([labels, [(*SPLITS, "").index(name) for name in split]]).astype(np.int8)
-    published = hashlib.sha256(code.tobytes()).hexdigest() == PUBLISHED_SPC
-    metadata = {column: [row[column] for row in rows] for column in METADATA if column in rows[0]}
     patients = [row.get("patient_id") or row.get("patient", "") for row in rows]
+    metadata = {column: [row[column] for row in rows] for column in METADATA if column in rows[0]}
+    split = np.array([row["split"] for row in rows])
+    labels = number_labels(rows, tasks)
+    code = np.column_stack([labels, [[*SPLITS, ""].index(name) for name in split]]).astype(np.int8)
+    published = hashlib.sha256(code.tobytes()).hexdigest() == PUBLISHED_SPC
+
     pixels, contents = decode_all([row[view] for row in rows for view in views], size, cache)
-    files = [[contents[str(row[view])] for view in views] for row in used]
-    texts = [[row["case"], *(row[name] for name in (*tasks, *metadata))] for row in used]
-    fingerprint = digest(repr((files, texts, list(tasks.items()), list(metadata))).encode())
-    digests = np.array([digest(photo[::4, ::4].tobytes()) for photo in pixels]).reshape(-1, len(views))[:, :len(photos)]
     pixels = pixels.reshape(len(rows), len(views), size, size, 3)
+    photos = [v for v, view in enumerate(views) if view != "mask"]
+    digests = np.array([[digest(lesion[v, ::4, ::4].tobytes()) for v in photos] for lesion in pixels])
+    files = [[contents[row[view]] for view in views] for row in used]
+    texts = [[row[column] for column in ("case", *tasks, *metadata)] for row in used]
+    fingerprint = digest(repr((files, texts, list(tasks.items()), list(metadata))).encode())
     release = Release(kind, views, tasks, notes, cases, patients, labels, split, metadata,
                       pixels, digests, fingerprint, published)
     if to_train:
-        check_splits(release, path)
-        check_tasks(release, path)
+        check(release, path)
     return release
+
+def number_labels(rows, tasks):
+    """The number of each lesion's class in each task, (N, T); -1 is unknown."""
+    labels = np.full((len(rows), len(tasks)), -1)
+    for t, (task, classes) in enumerate(tasks.items()):
+        numbers = {"": -1} | {name: k for k, name in enumerate(classes)}
+        wrong = [f"{row['where']} {row[task]!r}" for row in rows if row[task] not in numbers]
+        require(not wrong, f"{task} is none of {', '.join(classes)}; correct or empty it: {listed(wrong)}")
+        labels[:, t] = [numbers[row[task]] for row in rows]
+    return labels
 
 # ------------------------- the readers: kind, folder of photos, views, tasks, rows (case, split, photos, labels), notes
 
@@ -152,14 +150,16 @@ def read_tables(path):
                "*GroundTruth.csv": read_milk10k, "HAM10000_metadata.csv": read_ham, "metadata.csv": read_isic,
                "*.csv": read_pairs}
     for pattern, reader in readers.items():
-        tables = [table for table in (path, *path.glob(pattern)) if table.is_file() and table.match(pattern)]
+        tables = list(path.glob(pattern))
+        if path.is_file() and path.match(pattern):
+            tables = [path]
         require(len(tables) < 2, f"{path}: several tables, name one as the path: {listed(tables)}")
         if tables:
             return reader(tables[0])
     raise DataError(f"{path}: no meta/meta.csv (derm7pt), *GroundTruth.csv (MILK10k), metadata.csv (ISIC) or other CSV")
 
 def read_spc(table):
-    """derm7pt: its own layout, its published split."""
+    """derm7pt: `meta/meta.csv` has the labels, `meta/{train,valid,test}_indexes.csv` the published split."""
     rows = read_table(table, "case_num", "clinic", "derm", *(column for column, _ in SPC.values()))
     for row in rows:
         row |= {"case": row["case_num"], "split": "", "clinical": row["clinic"], "dermoscopy": row["derm"]}
@@ -169,19 +169,19 @@ def read_spc(table):
             for name, strings in classes.items():
                 if row[column].lower() in strings:
                     row[task] = name
+    waiting = {str(number): row for number, row in enumerate(rows)}  # for their split
     for split in SPLITS:
         for index in read_table(table.with_name(f"{split}_indexes.csv"), "indexes"):
             number = index["indexes"]
-            fits = number.isdecimal() and int(number) < len(rows) and not rows[int(number)]["split"]
-            require(fits, f"{index['where']}: {number!r} is no row of meta.csv (from 0), or is in a split already")
-            rows[int(number)]["split"] = split
+            require(number in waiting, f"{index['where']}: {number!r} is no row of meta.csv, or in a split already")
+            waiting.pop(number)["split"] = split
     kind, views, notes = "spc", VIEWS, []
-    if rows[0].get("notes") == "synthetic":
+    if rows[0].get("notes") == "synthetic":  # drawn by synthesize
         kind, views, notes = "synthetic", (*VIEWS, "mask"), ["drawn lesions: they show the machinery, not the method"]
     return kind, table.parent.parent / "images", views, SPC_TASKS, rows, notes
 
 def read_milk10k(table):
-    """MILK10k: the ground truth marks each lesion's class with 1, the metadata name its photos."""
+    """MILK10k: `*GroundTruth.csv` marks each lesion's class with 1, `*Metadata.csv` names its photos."""
     truth = {}  # lesion -> class
     for row in read_table(table, "lesion_id", *map(str.lower, MILK10K)):
         marked = [name for name in MILK10K if row[name.lower()] in ("1", "1.0")]
@@ -201,9 +201,9 @@ def read_isic(table):
     images.sort(key=lambda image: (image["image_type"].lower() != "clinical: close-up", image["isic_id"]))
     lesions = defaultdict(dict)  # lesion -> view -> its image
     for image in images:
-        view = {"clin": "clinical", "derm": "dermoscopy"}.get(image["image_type"][:4].lower())
-        if view and image["lesion_id"]:
-            lesions[image["lesion_id"]].setdefault(view, image)
+        for view in VIEWS:
+            if image["lesion_id"] and image["image_type"][:4].lower() == view[:4]:
+                lesions[image["lesion_id"]].setdefault(view, image)
     rows = []
     for case, pair in sorted(lesions.items()):
         if len(pair) == 2:
@@ -219,19 +219,18 @@ def read_ham(table):
     a diagnosis was confirmed gives it away (follow_up: all nevi) and is not known when a patient is seen."""
     rows = read_table(table, "lesion_id", "image_id", "dx")
     for row in rows:
-        name = row["image_id"]
-        row |= {"case": name, "split": "", "patient": row["lesion_id"], "DIAG": row["dx"].upper(), "dermoscopy": name,
-                "mask": f"{name}_segmentation"}
+        row |= {"case": row["image_id"], "split": "", "patient": row["lesion_id"], "DIAG": row["dx"].upper()}
+        row |= {"dermoscopy": row["image_id"], "mask": row["image_id"] + "_segmentation"}
     return "ham", table.parent, ("dermoscopy", "mask"), {"DIAG": HAM10000}, rows, []
 
 def read_isic17(table):
-    """The ISIC 2017 challenge: its three splits, its two tasks, a mask for each photo."""
+    """The ISIC 2017 challenge: a table for each of its three splits, two tasks."""
     tasks, rows = {"melanoma": ("absent", "present"), "seborrheic_keratosis": ("absent", "present")}, []
     for split, part in zip(SPLITS, ("Training", "Validation", "Test_v2")):
         for row in read_table(table.with_name(f"ISIC-2017_{part}_Part3_GroundTruth.csv"), "image_id", *tasks):
             row |= {task: {"0.0": "absent", "1.0": "present"}.get(row[task], row[task]) for task in tasks}
-            name = row["image_id"]
-            rows.append(row | {"case": name, "split": split, "dermoscopy": name, "mask": f"{name}_segmentation"})
+            row |= {"case": row["image_id"], "split": split}
+            rows.append(row | {"dermoscopy": row["image_id"], "mask": row["image_id"] + "_segmentation"})
     return "isic17", table.parent, ("dermoscopy", "mask"), tasks, rows, []
 
 def read_pairs(table):
@@ -296,56 +295,57 @@ def same_text(text):
     """The text as people compare it: case, spaces, Unicode form and an ending .0 make no difference."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).removesuffix(".0")
 
-# ---------------------------------------------------------------------------------- splits that do not leak, and tasks
+# ----------------------------------------------------------------------------------------------- splits without a leak
 
-def check_splits(release, path):
-    """Lesions of one patient or with one photo belong together: makes the split so, or refuses a given one."""
-    group = np.arange(len(release.cases))  # each lesion's group, named after its first lesion
-    owner, twins = {}, []  # owner: photo or patient -> the first lesion that has it
+def group_lesions(release):
+    """Lesions of one patient or with one photo belong together. Each lesion's group, named after its first lesion."""
+    group = np.arange(len(release.cases))
+    first, twins = {}, []  # first: photo or patient -> the first lesion that has it
     for n, case in enumerate(release.cases):
         for shared in (*release.digests[n], release.patients[n]):
-            if shared in owner:
-                joined = (group[n], group[owner[shared]])
+            if shared in first:
+                joined = group[[n, first[shared]]]
                 group[np.isin(group, joined)] = min(joined)
-                if shared != release.patients[n]:
-                    twins.append(f"{case} and {release.cases[owner[shared]]}")
+                if shared in release.digests[n]:
+                    twins.append(f"{case} and {release.cases[first[shared]]}")
             elif shared:  # not an unknown patient
-                owner[shared] = n
+                first[shared] = n
     if twins:
         release.notes.append(f"WARNING: one photo stands for two, in {listed(twins)}")
-    if not release.split.any():
-        tenths = ("test", "test", "valid")  # paper, Sec. 4.2: 0.7 / 0.1 / 0.2
-        if release.kind == "ham":
-            tenths = ("test", "valid")  # MAT, Sec. 3.1: 0.8 / 0.1 / 0.1
-        release.split = make_split(release.labels[:, 0], group, tenths, path)
-    leaks = [f"{release.cases[n]} ({release.split[n]}) and {release.cases[group[n]]} ({release.split[group[n]]})"
-             for n in np.flatnonzero(release.split != release.split[group])]
-    fine = release.published or not leaks
-    require(fine, f"{path}: one patient or photo in two splits, move or remove a lesion: {listed(leaks)}")
-    missing = [split for split in SPLITS if split not in release.split]
-    require(not missing, f"{path}: no lesion in {' and '.join(missing)}")
+    return group
 
-def make_split(classes, group, tenths, path):
-    """The named tenths of the lesions, the others "train"; stratified, always the same; groups stay together."""
+def make_split(release, group, path):
+    """Stratified by the first task, always the same; groups stay together."""
+    classes = release.labels[:, 0]
     enough = len(set(group)) >= 10 and np.bincount(classes + 1).max() >= 10
     require(enough, f"{path}: fewer than 10 independent lesions, or of each class; give a column split")
-    warnings.filterwarnings("ignore", "The least populated class")  # check_tasks says which class is missing
+    tenths = ("test", "test", "valid")  # paper, Sec. 4.2: 0.7 / 0.1 / 0.2
+    if release.kind == "ham":
+        tenths = ("test", "valid")  # MAT, Sec. 3.1: 0.8 / 0.1 / 0.1
+    warnings.filterwarnings("ignore", "The least populated class")
     folds = StratifiedGroupKFold(10, shuffle=True, random_state=0).split(classes, classes, group)
     split = np.full(len(classes), "train")
     for name, (_, rows) in zip(tenths, folds):
         split[rows] = name
     return split
 
-def check_tasks(release, path):
-    """Each task needs two classes to learn from; what is missing besides is noted."""
-    if release.kind == "spc" and not release.published:
-        release.notes.append("WARNING: not derm7pt's published labels and split; do not compare with the paper")
+def check(release, path):
+    """Makes the split, or refuses a given one that leaks; refuses a task with nothing to learn."""
+    group = group_lesions(release)
+    if not release.split.any():
+        release.split = make_split(release, group, path)
+    names = [f"{case} ({split})" for case, split in zip(release.cases, release.split)]
+    leaks = [f"{names[n]} and {names[group[n]]}" for n in np.flatnonzero(release.split != release.split[group])]
+    fine = release.published or not leaks
+    require(fine, f"{path}: one patient or photo in two splits, move or remove a lesion: {listed(leaks)}")
+    for split in SPLITS:
+        require(split in release.split, f"{path}: no lesion in {split}")
     for t, (task, classes) in enumerate(release.tasks.items()):
         require(len(classes) <= max(20, len(release.cases) // 10), f"{path}: {task}: {len(classes)} classes? Remove it")
-        absent = [name for k, name in enumerate(classes) if k not in release.labels[release.rows("train"), t]]
-        require(len(classes) - len(absent) > 1, f"{path}: {task} has fewer than two classes in the training split")
-        if absent:
-            release.notes.append(f"WARNING: {task} has no training case of {', '.join(absent)}")
+        learned = set(release.labels[release.rows("train"), t]) - {-1}
+        require(len(learned) > 1, f"{path}: {task} has fewer than two classes in the training split")
+    if release.kind == "spc" and not release.published:
+        release.notes.append("WARNING: not derm7pt's published labels and split; do not compare with the paper")
 
 # ------------------------------------------------------------------------------------- photos: read once, kept as uint8
 
@@ -376,18 +376,18 @@ def decode_all(files, size, cache):
     if not path.exists():
         print(f"decoding {len(files)} photos", file=sys.stderr)
         pixels = np.empty((len(files), size, size, 3), np.uint8)
+        problems = []
         def fill(n):
             try:
                 pixels[n] = decode(files[n], size)
             except DataError as error:
-                return f"\n{error}"
+                problems.append(str(error))
         with ThreadPoolExecutor() as threads:
-            problems = [text for text in threads.map(fill, range(len(files))) if text]
-        require(not problems, "photos are missing or broken, restore or remove them:" + "".join(problems))
+            list(threads.map(fill, range(len(files))))
+        require(not problems, "\n".join(["photos are missing or broken, restore or remove them:", *sorted(problems)]))
         with whole(path) as temporary, open(temporary, "wb") as file:
             np.save(file, pixels)
-    contents = dict(zip(map(str, files), contents))
-    return np.load(path, mmap_mode="c"), contents  # "c": what is changed stays in memory
+    return np.load(path, mmap_mode="c"), dict(zip(files, contents))  # "c": what is changed stays in memory
 
 @contextmanager
 def whole(path):
@@ -410,8 +410,7 @@ def whole(path):
 # ------------------------------------------------------------------------------------------------- what a network reads
 
 def as_inputs(pixels, views):
-    """Pixels (B, V, S, S, 3) from 0 to 255 -> a dict view -> (B, 3, S, S) float32, normalised as ImageNet's photos; for
-    a mask (B, 1, S, S), 1 inside the lesion."""
+    """Pixels (B, V, S, S, 3) -> view -> (B, 3, S, S) float32, normalised; for a mask (B, 1, S, S), 1 in the lesion."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
     inputs = {}
     for v, view in enumerate(views):
@@ -422,20 +421,19 @@ def as_inputs(pixels, views):
     return inputs
 
 def augment(pixels, views, generator):
-    """as_inputs after the paper's augmentation (Sec. 4.1), the whole batch at once. `generator` is on the CPU.
-
-    All pictures of a lesion share the geometry; each has its own light. Probabilities and ranges are those of the
-    authors' earlier code, FusionM4Net, where the light of the clinical photo alone was changed.
-    """
+    """as_inputs after the paper's augmentation (Sec. 4.1), the whole batch at once. `generator` is on the CPU. All
+    pictures of a lesion share the geometry; each has its own light. Probabilities and ranges are those of the authors'
+    earlier code, FusionM4Net, where the light of the clinical photo alone was changed."""
     B, V, S = pixels.shape[:3]
-    coin = partial(torch.randint, 0, 2, generator=generator)  # 0 or 1
+    def coin(*shape):
+        return torch.randint(0, 2, shape, generator=generator)
     def between(low, high, *shape):
         return torch.empty(shape).uniform_(low, high, generator=generator)
 
     # From a place in the new picture to the place in the photo that it shows: flip, turn, zoom, shift.
-    flips = torch.diag_embed(1 - 2.0 * coin((B, 2)))  # (B, 2, 2)
-    quarters = coin((B,)) * between(0, 4, B).floor()
-    moved = coin((B,))  # one coin for rotation, zoom and shift together
+    flips = torch.diag_embed(1 - 2.0 * coin(B, 2))  # (B, 2, 2)
+    quarters = coin(B) * between(0, 4, B).floor()
+    moved = coin(B)  # one coin for rotation, zoom and shift together
     angle = quarters * np.pi / 2 + moved * between(-np.pi / 4, np.pi / 4, B)
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), 1).view(B, 2, 2)
     zoom = 1 + moved * between(-0.5, 0.5, B)
@@ -445,7 +443,7 @@ def augment(pixels, views, generator):
     grid = F.affine_grid(affine, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False).view(B, V, 3, S, S)
 
-    lit = coin((B, V, 1, 1, 1))
+    lit = coin(B, V, 1, 1, 1)
     if "mask" in views:
         lit[:, views.index("mask")] = 0
     contrast = 1 + lit * between(-0.2, 0.2, B, V, 1, 1, 1)
@@ -487,23 +485,22 @@ def synthesize(folder, cases=1011, height=256, seed=0):
     if folder.exists():
         return folder
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    images, meta = temporary / "images", temporary / "meta"
-    images.mkdir(parents=True)
-    meta.mkdir()
+    for part in ("images", "meta"):
+        (temporary / part).mkdir(parents=True)
     table = [["case_num", "clinic", "derm", *(column for column, _ in SPC.values()), "sex", "notes"]]
     for n in range(cases):
         rng = np.random.default_rng([seed, n])
         signs = invent_signs(rng)
         names = [f"clinic{n:04}.jpg", f"derm{n:04}.jpg", f"derm{n:04}_segmentation.png"]
         for name, picture in zip(names, draw_lesion(signs, rng, height)):
-            Image.fromarray(picture).save(images / name, quality=92)
+            Image.fromarray(picture).save(temporary / "images" / name, quality=92)
         labels = [rng.choice(classes[signs[task]]) for task, (_, classes) in SPC.items()]  # one of the class's strings
         table.append([10_000 * seed + n + 1, *names[:2], *labels, rng.choice(["female", "male"]), "synthetic"])
-    with open(meta / "meta.csv", "w", newline="") as file:
+    with open(temporary / "meta/meta.csv", "w", newline="") as file:
         csv.writer(file).writerows(table)
     ends = [round(cases * 413 / 1011), round(cases * 616 / 1011)]  # the published shares
     for split, numbers in zip(SPLITS, np.split(np.arange(cases), ends)):
-        np.savetxt(meta / f"{split}_indexes.csv", numbers, "%d", header="indexes", comments="")
+        np.savetxt(temporary / f"meta/{split}_indexes.csv", numbers, "%d", header="indexes", comments="")
     with suppress(OSError):  # another run may have drawn the same lesions meanwhile
         os.rename(temporary, folder)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -517,9 +514,8 @@ def invent_signs(rng):
     signs = {"DIAG": rng.choice(["NEV", "MISC", "SK", "BCC"], p=[0.82, 0.1, 0.04, 0.04])}
     for task, (regular, irregular) in odds.items():
         p = [regular * (1 - malignant), irregular * malignant]
-        if len(SPC_TASKS[task]) == 2:  # only absent or present
-            p = [irregular * malignant]
-        signs[task] = rng.choice(SPC_TASKS[task], p=[1 - sum(p), *p])
+        absent, *present = SPC_TASKS[task]  # two classes, or one if the odds of a regular one are 0
+        signs[task] = rng.choice([absent, present[0], present[-1]], p=[1 - sum(p), *p])
     suspicious = sum(SEVEN_POINTS.get(sign, 0) for sign in signs.items()) >= 3
     if signs["DIAG"] == "NEV" and suspicious != (rng.random() < 0.06):  # it errs in 6 of 100
         signs["DIAG"] = "MEL"
@@ -532,11 +528,9 @@ def draw_lesion(signs, rng, height):
     colours = {"NEV": (168, 112, 78), "MEL": (168, 112, 78), "BCC": (222, 150, 150), "SK": (140, 118, 96),
                "MISC": (190, 120, 105), "PN": (75, 45, 28), "STR": (55, 33, 25), "PIG": (80, 50, 30),
                "RS": (240, 228, 224), "DaG": (45, 28, 24), "BWV": (100, 120, 165), "VS": (200, 30, 50)}
-
     def noise(size):  # smooth hills and valleys of that size, from -1 to 1
         coarse = rng.uniform(-1, 1, (int(1 / size) + 2, int(1.5 / size) + 2)).astype(np.float32)
         return np.asarray(Image.fromarray(coarse).resize((W, H), Image.BICUBIC))
-
     def blob(place, size):  # 1 at the place, fading to 0 around it
         return np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / size ** 2)
 
@@ -545,9 +539,8 @@ def draw_lesion(signs, rng, height):
     lesion = np.clip(depth / 0.03, 0, 1)  # the mask with a soft edge
     image += lesion[..., None] * (colours[signs["DIAG"]] - image)
 
-    for task, sign in signs.items():  # a mark for each criterion
-        if task == "DIAG" or sign == "absent":
-            continue
+    marked = {task: sign for task, sign in signs.items() if task != "DIAG" and sign != "absent"}
+    for task, sign in marked.items():  # a mark for each criterion
         place, size, strength = (0, 0), 1, 0.7
         if sign in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, darker
             place, size, strength = rng.choice([-0.15, 0.15], 2), 1.5, 0.95
@@ -602,7 +595,7 @@ def main(argv=None):
             print(f"{task:12} {name:16}" + "".join(f"{count:8}" for count in counts))
             strip = np.full_like(release.pixels[:4], 255)  # (4, V, S, S, 3)
             strip[:len(lesions)] = release.pixels[lesions[:4]]
-            strips.append(np.hstack(list(strip.reshape(-1, *strip.shape[2:]))))
+            strips.append(np.hstack(strip.reshape(-1, *strip.shape[2:])))
     path = Path(f"runs/{Path(args.path).resolve().stem}-contact-sheet.png")
     with whole(path) as temporary:
         Image.fromarray(np.vstack(strips)).save(temporary, "PNG")

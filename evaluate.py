@@ -61,8 +61,7 @@ def answer_of(branches):
 
 @torch.inference_mode()
 def predict(network, pixels, views, words, device, amp):
-    """Answers for lesions with `pixels` (N, V, S, S, 3) and `words` (N, m): branch -> probabilities (N, K) float64;
-    and, where a mask is found and one is given, "jaccard" and "dice" -> (N,)."""
+    """The branches and overlaps of Predictions, for pixels (N, V, S, S, 3) and words (N, m)."""
     network.eval()
     branches, overlaps = defaultdict(list), defaultdict(list)
     for rows in torch.arange(len(pixels)).split(48):
@@ -75,26 +74,23 @@ def predict(network, pixels, views, words, device, amp):
             both, either = (found & given).sum(1), (found | given).sum(1)
             overlaps["jaccard"].append(torch.where(either > 0, both / either, 1.0))  # nothing, and nothing found: 1
             overlaps["dice"].append(torch.where(either > 0, 2 * both / (both + either), 1.0))
+        outputs.pop("mask", None)
         for branch, logits in outputs.items():
-            if branch != "mask":
-                tasks = [z.float().cpu().double().softmax(1) for z in logits]  # on the CPU: mps has no float64
-                branches[branch].append(torch.cat(tasks, 1))
+            tasks = [z.float().cpu().double().softmax(1) for z in logits]  # on the CPU: mps has no float64
+            branches[branch].append(torch.cat(tasks, 1))
     branches = {branch: torch.cat(parts).numpy() for branch, parts in branches.items()}
     return branches, {name: torch.cat(parts).cpu().double().numpy() for name, parts in overlaps.items()}
 
 def by_task(values, tasks):
-    """(N, K) -> one (N, n_t) array or tensor a task."""
-    parts, start = [], 0
-    for classes in tasks.values():
-        parts.append(values[:, start:start + len(classes)])
-        start += len(classes)
-    return parts
+    """(N, K) -> an array (N, n_t) for each task."""
+    ends = np.cumsum([len(classes) for classes in tasks.values()])
+    return np.split(values, ends[:-1], axis=1)
 
 def fuse(branches, weights, tasks, temperature=1.0):
     """Probabilities (N, K) of the branches' mean logits, weighted as in FusionM4Net, over the temperature."""
     logits = sum(weights[branch] * np.log(np.maximum(values, 1e-300)) for branch, values in branches.items())
-    scaled = torch.from_numpy(logits / temperature)
-    return torch.cat([z.softmax(1) for z in by_task(scaled, tasks)], 1).numpy()
+    scaled = by_task(logits / temperature, tasks)
+    return torch.cat([torch.from_numpy(z).softmax(1) for z in scaled], 1).numpy()
 
 def hits(probabilities, labels, tasks):
     """(N, T): is the likeliest class the true one? Masked where the label is unknown, so that means leave it out."""
@@ -102,9 +98,8 @@ def hits(probabilities, labels, tasks):
     return np.ma.masked_array(likeliest == labels, labels < 0)
 
 def search_weights(branches, labels, tasks, rule="near"):
-    """A weight for each of three branches, the same for all tasks (paper, Sec. 4.1). "maximum": the triple of highest
-    mean accuracy. "near", ours: of all triples within one standard error of it, which so few validation lesions cannot
-    tell apart, the one nearest to equal weights. Ties go to the nearest in both. Other than three weigh the same."""
+    """Weights of three branches, the same for all tasks (paper, Sec. 4.1); fewer weigh the same. "maximum": the most
+    accurate triple. "near", ours: of all within a standard error of it the nearest to equal, which also breaks ties."""
     if len(branches) != 3:
         return dict.fromkeys(branches, 1 / len(branches))
     triples = np.array([(c, d, STEPS - c - d) for c in range(STEPS + 1) for d in range(STEPS + 1 - c)]) / STEPS
@@ -154,18 +149,20 @@ def measure(probabilities, labels, tasks):
     for task, _, scores, truth, columns in each_task(probabilities, labels, tasks):
         predicted = scores.argmax(1)
         found["accuracy"][task] = metrics.accuracy_score(truth, predicted)
-        precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-            truth, predicted, labels=range(len(tasks[task])), zero_division=0)
-        found["macro_f1"][task] = f1[np.union1d(truth, predicted)].mean()
-        for k, column in columns.items():
-            found["auc"][column] = metrics.roc_auc_score(truth == k, scores[:, k])
+        found["macro_f1"][task] = metrics.f1_score(truth, predicted, average="macro")
+        chosen, true = list(columns), np.eye(scores.shape[1])[truth]
+        aucs = np.atleast_1d(metrics.roc_auc_score(true[:, chosen], scores[:, chosen], average=None) if columns else [])
+        for n, (k, column) in enumerate(columns.items()):
+            positive, called = truth == k, predicted == k
+            found["auc"][column] = aucs[n]
             if len(tasks) == 1:  # as in Table 9
-                found["ap"][column] = metrics.average_precision_score(truth == k, scores[:, k])
-            found["precision"][column], found["sensitivity"][column] = precision[k], recall[k]
-            found["specificity"][column] = (predicted != k)[truth != k].mean()
+                found["ap"][column] = metrics.average_precision_score(positive, scores[:, k])
+            found["precision"][column] = positive[called].sum() / max(called.sum(), 1)
+            found["sensitivity"][column] = called[positive].mean()
+            found["specificity"][column] = (~called)[~positive].mean()
     means = {f"mean_{name}": float(np.mean(list(each.values()))) for name, each in found.items()}
     if len(tasks) == 1 and means:  # MAT's Table 1
-        means["lrap"] = float(metrics.label_ranking_average_precision_score(np.eye(scores.shape[1])[truth], scores))
+        means["lrap"] = float(metrics.label_ranking_average_precision_score(true, scores))
     return dict(found) | means
 
 def resamples(labels):
@@ -249,8 +246,7 @@ def column_names(branch, tasks):
 def write_predictions(path, p, branches):
     """A row a lesion: case, split, metadata, overlaps, its classes, branch/task/class probabilities with all digits."""
     table = {"case": p.cases, "split": p.split} | p.metadata
-    for name, values in p.overlaps.items():
-        table[name] = values.tolist()
+    table |= {name: values.tolist() for name, values in p.overlaps.items()}
     for t, (task, classes) in enumerate(p.tasks.items()):
         table[task] = np.array([*classes, ""])[p.labels[:, t]]  # -1, unknown, is the last one
     for branch, values in branches.items():
@@ -277,7 +273,7 @@ def read_predictions(run, saved):
         by_case = {row["case"]: row for row in rows}
         def values(*columns):
             return np.array([[float(by_case[case][column]) for column in columns] for case in p.cases])
-        for name in {"jaccard", "dice"} & rows[0].keys():
+        for name in sorted({"jaccard", "dice"} & rows[0].keys()):
             p.overlaps[name] = values(name)[:, 0]
         for branch in dict.fromkeys(name.split("/")[0] for name in rows[0] if "/" in name):
             if branch not in ("equal", "weighted", "calibrated"):
@@ -287,60 +283,60 @@ def read_predictions(run, saved):
     return p
 
 def finish(folder, p, decided):
-    """Adds equal and weighted to p.branches, writes predictions.csv and, where labels are known, results.json, whose
-    contents it returns."""
-    own, weights, calibrated = dict(p.branches), decided["weights"], {}  # own: of the network
+    """Adds equal and weighted, writes predictions.csv and, where labels are known, results.json, which it returns."""
+    own, weights = dict(p.branches), decided["weights"]  # own: of the network
     if len(own) > 1:
         p.branches["equal"] = fuse(own, dict.fromkeys(own, 1 / len(own)), p.tasks)
         p.branches["weighted"] = fuse(own, weights, p.tasks)
+    written = dict(p.branches)
     if own:
-        calibrated["calibrated"] = fuse(own, weights, p.tasks, decided["temperature"])
-    write_predictions(folder / "predictions.csv", p, p.branches | calibrated)
+        written["calibrated"] = fuse(own, weights, p.tasks, decided["temperature"])
+    write_predictions(folder / "predictions.csv", p, written)
     if (p.labels < 0).all() and not p.overlaps:
         return None
-    results = {"decided": decided, "overlaps": {}, "incomplete": 0, "calibration_error": [], "subgroups": {}}
-    for split in sorted(set(p.split)):
+    results = {"decided": decided, "means": {}, "overlaps": {}, "subgroups": {}, "valid": {}, "test": {}}
+    for split in ("valid", "test"):
         branches, labels = of_split(p, split)
-        results[split] = {}
         if (labels >= 0).any():
             results[split] = {branch: measure(values, labels, p.tasks) for branch, values in branches.items()}
     test, (branches, labels) = p.split == "test", of_split(p, "test")
-    for branch in results["test"]:
-        answer = branches[branch]
-        resampled = bootstrap(answer, labels, p.tasks)
-        results["test"][branch]["intervals"] = {name: interval(samples) for name, samples in resampled.items()}
+    for branch, found in results["test"].items():
+        resampled = bootstrap(branches[branch], labels, p.tasks)
+        found["intervals"] = {name: interval(samples) for name, samples in resampled.items()}
     if results["test"]:
+        found = answer_of(results["test"])
+        results["means"] = {name: found[name] for name in MEANS if name in found}
         results["incomplete"] = max(int(np.ma.getmaskarray(samples).any(0).sum()) for samples in resampled.values())
-        both = (answer, calibrated["calibrated"][test])
-        results["calibration_error"] = [calibration_error(each, labels, p.tasks) for each in both]
+        both = answer_of(p.branches), written["calibrated"]
+        results["calibration_error"] = [calibration_error(each[test], labels, p.tasks) for each in both]
         results["subgroups"] = subgroups(p)
     for name, values in p.overlaps.items():
         counts = resamples(labels)
         samples = np.ma.masked_array(counts @ values[test] / counts.sum(1))[None]  # (1, 1 + R)
-        results["overlaps"][name] = [float(samples[0, 0]), *interval(samples)]
+        results["means"][name] = float(samples[0, 0])
+        results["overlaps"][name] = [results["means"][name], *interval(samples)]
     write(folder / "results.json", json.dumps(results, indent=1))
     return results
 
-def answers(network, saved, release, rows, device):
-    """What predict says of some rows of a release."""
-    words = data.as_words(release.metadata, saved["vocabulary"], len(release.cases))
-    return predict(network, release.pixels[rows], release.views, words[rows], device, saved["flags"]["amp"])
+def with_answers(p, network, saved, release, device):
+    """The lesions of `p`, found by name in the release, with the network's answers."""
+    place = {case: n for n, case in enumerate(release.cases)}
+    rows = [place[case] for case in p.cases]
+    words = data.as_words(release.metadata, saved["vocabulary"], len(release.cases))[rows]
+    found = predict(network, release.pixels[rows], release.views, words, device, saved["flags"]["amp"])
+    return p._replace(branches=found[0], overlaps=found[1])
 
 def evaluate_run(run, release=None, device="cpu", rule="near"):
     """(results, Predictions) of a run: from its predictions.csv or, with its own release, predicted anew."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
     if release:
-        p, place = lesions_of(saved), {case: n for n, case in enumerate(release.cases)}
-        rows = [place[case] for case in p.cases]
-        branches, overlaps = answers(load_network(saved, device), saved, release, rows, device)
-        p = p._replace(branches=branches, overlaps=overlaps)
+        p = with_answers(lesions_of(saved), load_network(saved, device), saved, release, device)
     else:
         p = read_predictions(run, saved)
     return finish(Path(run), p, decide(p, rule)), p
 
 def evaluate_new(run, path, cache, device, rule="near"):
-    """(results, Predictions) of the release at `path`. If it is the run's own, its validation and test lesions are
-    predicted again. Of any other, all that the run has not learned from are tested with its weights and temperature."""
+    """(results, Predictions) of the lesions of a release that the run has not learned from, by its own decisions."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
     network, flags, learned = load_network(saved, device), saved["flags"], np.array(saved["split"]) == "train"
     release = data.read(path, flags["image_size"], cache, to_train=False, masks=flags["model"] == "clnet")
@@ -354,13 +350,12 @@ def evaluate_new(run, path, cache, device, rule="near"):
     new = ~by_name & ~by_photo
     if not new.any():
         raise RunError(f"{path}: the run has learned from every lesion")
-    labels, folder = labels_for(saved["tasks"], release)[new], Path(run) / Path(path).resolve().stem
-    print(f"{path}: {len(labels)} of {len(new)} lesions are tested, {(labels >= 0).any(1).sum()} labelled; the run has "
-          f"learned from {by_name.sum()} by name, {by_photo.sum()} by photo. Its weights and temperature. See {folder}")
-    metadata = {column: np.array(texts)[new] for column, texts in release.metadata.items()}
-    cases, split = np.array(release.cases)[new], np.full(len(labels), "test")
-    found = answers(network, saved, release, new, device)
-    p = Predictions(saved["tasks"], cases, split, labels, metadata, *found)
+    labels, folder = labels_for(saved["tasks"], release), Path(run) / Path(path).resolve().stem
+    print(f"{path}: {new.sum()} of {len(new)} lesions are tested, {(labels[new] >= 0).any(1).sum()} labelled; the run "
+          f"learned {by_name.sum()} by name, {by_photo.sum()} by photo. Weights and temperature stay. See {folder}")
+    lesions = {"tasks": saved["tasks"], "cases": release.cases, "split": np.where(new, "test", "train"),
+               "labels": labels, "metadata": release.metadata}
+    p = with_answers(lesions_of(lesions), network, saved, release, device)
     return finish(folder, p, decide(read_predictions(run, saved), rule)), p
 
 def labels_for(tasks, release):
@@ -374,7 +369,7 @@ def labels_for(tasks, release):
                 labels[(release.labels[:, s] == k) & (number >= 0), t] = number
     return labels
 
-# ------------------------------------------------------------------------------------------------- tables and an answer
+# --------------------------------------------------------------------------------------------------------------- tables
 
 def print_table(title, header, rows):
     """rows: name -> cells, of which fractions are printed as percents."""
@@ -387,27 +382,24 @@ def print_table(title, header, rows):
 def print_tables(results, compare=False):
     """Tables 1, 2 and 4 of the paper for the test split, and more; with `compare` the paper's PEMM beside ours."""
     test, decided = results["test"], results["decided"]
-    for name, values in results["overlaps"].items():
-        middle, low, high = (f"{100 * value:.1f}" for value in values)
-        print(f"{MEANS[name]} of the masks {middle}% (95% from {low} to {high})")
+    if results["overlaps"]:
+        rows = {MEANS[name]: values for name, values in results["overlaps"].items()}
+        print_table("overlap of the masks (%)", ["mean", "95% from", "95% to"], rows)
     if not test:
         return
-    answer, found = list(test.items())[-1]
-    titles = {"auc": "Table 1: AUC (%)", "accuracy": "Table 2: accuracy (%)", "macro_f1": "macro F1 (%)"}
-    if len(found["accuracy"]) == 1:
-        titles["ap"] = "average precision (%)"
-    for metric, title in titles.items():
-        header, mean = list(test), f"mean_{metric}"
-        rows = {column: [each[metric][column] for each in test.values()] for column in found.get(metric, [])}
-        rows["mean"] = [each.get(mean, "") for each in test.values()]
-        if compare and metric in PAPER:
-            header.append("paper")
-            for n, cells in enumerate(rows.values()):
-                cells.append(PAPER[metric][n] / 100)
-        if mean in found["intervals"]:
+    answer, found = list(test)[-1], answer_of(test)
+    for metric, title in {"auc": "Table 1: AUC (%)", "accuracy": "Table 2: accuracy (%)"}.items():
+        if metric in found:
+            header, mean = list(test), f"mean_{metric}"
+            rows = {column: [each[metric][column] for each in test.values()] for column in found[metric]}
+            rows["mean"] = [each[mean] for each in test.values()]
+            if compare:
+                header.append("paper")
+                for n, cells in enumerate(rows.values()):
+                    cells.append(PAPER[metric][n] / 100)
             rows["95% from"] = [each["intervals"][mean][0] for each in test.values()]
             rows["95% to"] = [each["intervals"][mean][1] for each in test.values()]
-        print_table(title, header, rows)
+            print_table(title, header, rows)
     if set(PAPER_TABLE_4) <= set(found.get("auc", [])):
         rates, rows = ["precision", "sensitivity", "specificity"], {}
         for column, (positives, true, false) in PAPER_TABLE_4.items():
@@ -416,9 +408,10 @@ def print_tables(results, compare=False):
                 rows[column + " paper"] = [true / (true + false), true / positives, 1 - false / (395 - positives)]
         print_table(f"Table 4: {answer} (%)", rates, rows)
     means = [name for name in MEANS if name in found]
-    groups = results["subgroups"].items()
-    rows = {group: [each["lesions"], *(each.get(name, "") for name in means)] for group, each in groups}
-    print_table(f"subgroups, {answer} (%)", ["lesions", *(MEANS[name] for name in means)], rows)
+    rows = {branch: ["all", *(each[name] for name in means)] for branch, each in test.items()}
+    for group, each in results["subgroups"].items():
+        rows[group] = [each["lesions"], *(each.get(name, "") for name in means)]
+    print_table(f"means (%), and of {answer} in subgroups", ["lesions", *(MEANS[name] for name in means)], rows)
     weights = [f"{branch} {weight:.2f}" for branch, weight in decided["weights"].items()]
     before, after = results["calibration_error"]
     print(f"{results['incomplete']} of {RESAMPLES} resamples lack a class; their mean AUC is without it\n"
@@ -427,85 +420,86 @@ def print_tables(results, compare=False):
 
 def print_groups(saved, results):
     """Mean and standard deviation of the runs' answers, a row for each setting of the flags that make a method."""
-    groups, rows = defaultdict(list), {}
-    measured = results[0]["overlaps"].keys() | {name for branch in results[0]["test"].values() for name in branch}
-    means = [name for name in MEANS if name in measured]
+    groups, rows, means = defaultdict(list), {}, list(results[0]["means"])
     for each, result in zip(saved, results):
         setting = [f"{flag} {value}" for flag, value in each["flags"].items()
                    if flag not in ("seed", "out", "resume", "data", "cache", "device")
                    and any(other["flags"].get(flag) != value for other in saved)]
-        found = {name: values[0] for name, values in result["overlaps"].items()}
-        for branch in result["test"].values():  # the last one is the answer
-            found |= branch
-        groups[", ".join(setting) or "all runs"].append([100 * found.get(name, np.nan) for name in means])
+        groups[", ".join(setting) or "all runs"].append([100 * result["means"].get(name, np.nan) for name in means])
     for setting, values in groups.items():
         deviation = np.std(values, 0, ddof=min(1, len(values) - 1))
         rows[setting] = [len(values), *map("{:.1f} ± {:.1f}".format, np.mean(values, 0), deviation)]
     print_table("mean ± standard deviation (%)", ["runs", *(MEANS[name] for name in means)], rows)
 
+# ----------------------------------------------------------------------------------------------------------- one lesion
+
 def one_lesion(run, paths, about, device, rule="near"):
-    """Prints the answer for the photos `paths`, view -> path, and the patient `about`, column -> [text]. Returns it:
-    task -> {class: probability}. In the picture each photo is followed by what counts in it, by what the place that
-    counts most reads in the other by attention after the second stage, and by the outline that was found."""
+    """Prints the answer for the photos `paths`, view -> path, and the patient `about`, column -> [text], and draws its
+    picture. Returns the answer: task -> {class: probability}."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
     network, decided = load_network(saved, device), decide(read_predictions(run, saved), rule)
-    weights, size, vocabulary = decided["weights"], saved["flags"]["image_size"], saved["vocabulary"]
+    weights, vocabulary, size = decided["weights"], saved["vocabulary"], saved["flags"]["image_size"]
     photos = {view: data.decode(Path(path), size) for view, path in paths.items()}
     needed = [name for name in network.reads if name != "words"]
-    used = [view for view in needed if view in photos]
+    used = {view: photos[view] for view in needed if view in photos}
     if not used:
         raise RunError(f"{run} needs the {' and the '.join(needed)} photo")
+    first = list(used)[0]
     if len(photos) == 2 and np.array_equal(*photos.values()):
         print("WARNING: both photos are one and the same picture")
-    if len(used) < len(photos):
-        print(f"only the {used[0]} photo is used: this run does not look at the other one")
+    if len(used) < max(len(photos), len(needed)):
+        print(f"only the {first} photo is used")  # the run reads no other, or no other was given
     if len(used) < len(needed):
-        print(f"only the {used[0]} photo is used: its own branch answers")
-        weights = {used[0]: 1.0}
+        weights = {first: 1.0}  # its own branch answers
     for column, (text,) in about.items():
         if "words" not in network.reads or data.word(column, text) not in vocabulary:
             print(f"WARNING: this run has not learned the word {data.word(column, text)!r}; it is left out")
 
-    pixels = torch.tensor(np.stack([photos[view] for view in used]), device=device)[None].float().requires_grad_()
+    pixels = torch.tensor(np.stack(list(used.values())), device=device)[None].float().requires_grad_()
     inputs = data.as_inputs(pixels, used)
     inputs["words"] = torch.from_numpy(data.as_words(about, vocabulary, 1)).to(device)
     seen = []  # what enters the second stage's attention
-    if getattr(network, "attentions", None):
+    if len(used) == 2 and getattr(network, "attentions", None):
         network.attentions[1].register_forward_pre_hook(lambda module, maps: seen.extend(maps))
-    outputs = network(*(inputs.get(name, inputs[used[0]]) for name in network.reads))
-    total, answer, text = 0 * pixels.sum(), {}, ""
+    outputs = network(*(inputs.get(name, inputs[first]) for name in network.reads))
+    certainty, answer, text = 0 * pixels.sum(), {}, ""
     for t, (task, classes) in enumerate(saved["tasks"].items()):
-        if weights:
+        if weights:  # a network that finds the mask alone has none
             logits = sum(weight * outputs[branch][t].log_softmax(1) for branch, weight in weights.items())
             p = (logits / decided["temperature"]).softmax(1)[0]
-            total = total + p.max().log()
-            p = p.detach()
-            answer[task] = {name: float(p[k]) for k, name in enumerate(classes)}
+            certainty = certainty + p.max().log()
+            answer[task] = dict(zip(classes, p.tolist()))
             shown = "  ".join(f"{name} {100 * value:.0f}%" for name, value in answer[task].items())
             text += f"{task}: {classes[p.argmax()]}   ({shown})\n"
-    total.backward()
-    panels, heats = [], gaussian_blur(pixels.grad[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S)
-    for view, heat in zip(used, heats):
-        panels += [photos[view], overlay(photos[view], heat)]
-        if len(used) == 2 and seen:
-            row, column = divmod(int(heat.argmax()), size)
-            H, W = seen[network.reads.index(view)].shape[2:]
-            reads = network.attentions[1].attention_at(*seen, row * H // size, column * W // size)
-            read_from = photos[used[1 - used.index(view)]]
-            if saved["flags"]["reading"] == "swapped":  # see shared_attention.py
-                read_from = photos[view]
-            if view in reads:
-                panels.append(overlay(read_from, reads[view][0]))
-        if "mask" in outputs:
-            inside = (outputs["mask"][0, 0] > 0).float()
-            panels.append(overlay(photos[view], F.max_pool2d(inside[None], 3, 1, 1)[0] - inside))
-    picture = Image.new("RGB", (1320, 240 + 20 * len(answer)), "white")
-    picture.paste(Image.fromarray(np.concatenate(panels, 1)).resize((220 * len(panels), 220)))
-    ImageDraw.Draw(picture).text((10, 230), text, "black", ImageFont.load_default(14), spacing=4)
-    path = Path(run) / f"lesion-{Path(paths[used[0]]).stem}.png"
-    picture.save(path)
+    certainty.backward()
+    path = Path(run) / f"lesion-{Path(paths[first]).stem}.png"
+    draw(path, text, network, used, pixels.grad[0].abs().sum(-1), seen, outputs.get("mask"))
     print(f"{text}the photos, what counts in them and what they read: {path}\nFor research: this is no medical device.")
     return answer
+
+def draw(path, text, network, photos, gradients, seen, mask):
+    """Each photo, followed by what counts in it (gradients (V, S, S)), by what the place that counts most reads by
+    attention after the second stage, and by the outline that was found; under them the text."""
+    panels, views, size = [], list(photos), gradients.shape[-1]
+    for v, heat in enumerate(gaussian_blur(gradients, 2 * (size // 32) + 1)):
+        photo = photos[views[v]]
+        panels += [photo, overlay(photo, heat)]
+        if seen:
+            attention, (H, W) = network.attentions[1], seen[v].shape[2:]
+            row, column = divmod(int(heat.argmax()), size)
+            reads = attention.attention_at(*seen, row * H // size, column * W // size)
+            read_from = photos[views[1 - v]]
+            if getattr(attention, "reading", "") == "swapped":  # see shared_attention.py
+                read_from = photo
+            if views[v] in reads:
+                panels.append(overlay(read_from, reads[views[v]][0]))
+        if mask is not None:
+            inside = (mask[0] > 0).float()  # (1, H, W)
+            panels.append(overlay(photo, (F.max_pool2d(inside, 3, 1, 1) - inside)[0]))
+    picture = Image.new("RGB", (1320, 240 + 20 * text.count("\n")), "white")
+    picture.paste(Image.fromarray(np.concatenate(panels, 1)).resize((220 * len(panels), 220)))
+    ImageDraw.Draw(picture).text((10, 230), text, "black", ImageFont.load_default(14), spacing=4)
+    picture.save(path)
 
 def overlay(photo, heat):
     """The photo (S, S, 3) with a map over it, red where it is high."""
