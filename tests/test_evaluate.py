@@ -3,9 +3,6 @@ import csv
 import itertools
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
