@@ -5,7 +5,7 @@
 
 The readers below say what is read of each kind of release; `pairs` is your own CSV file.
 Shapes: N lesions, V pictures of a lesion, T tasks, B lesions of a batch, S the side of the square photos.
-Run `python data.py PATH` to see what is in a release; `python data.py PATH --synthesize 1011` draws one first.
+Run `python data.py PATH` to see what is in a release.
 """
 import argparse
 import csv
@@ -14,7 +14,6 @@ import hashlib
 import os
 import shutil
 import sys
-import time
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
@@ -395,10 +394,6 @@ def whole(path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f"{path.name}.*.tmp"):
-            with suppress(FileNotFoundError):  # that run has just ended well
-                if time.time() - leftover.stat().st_mtime > 60:  # that run was killed
-                    leftover.unlink()
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -569,9 +564,6 @@ def speak(main, *mendable):
     """Runs main(). What a user can mend ends in one sentence and exit code 2, Ctrl-C in 130."""
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the output goes into something like `head`, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, OSError, torch.OutOfMemoryError, *mendable) as error:
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
@@ -579,10 +571,7 @@ def speak(main, *mendable):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="What is in a release of photos.")
     parser.add_argument("path", help="folder of a release, its table, or the CSV file of your own pairs")
-    parser.add_argument("--synthesize", type=int, metavar="N", help="first draw a synthetic SPC of N cases there")
     args = parser.parse_args(argv)
-    if args.synthesize:
-        synthesize(args.path, args.synthesize)
     release = read(args.path)
     print(f"{args.path}: {release.kind}, {len(release.cases)} lesions with {' and '.join(release.views)}")
     print(*release.notes, sep="\n")

@@ -118,17 +118,10 @@ def decide(p, rule="near"):
     if not branches:
         return {"weights": {}, "temperature": 1.0}
     weights = search_weights(branches, labels, p.tasks, rule)
-    def cross_entropy(log_t):
-        fused = by_task(fuse(branches, weights, p.tasks, np.exp(log_t)), p.tasks)
+    def cross_entropy(temperature):
+        fused = by_task(fuse(branches, weights, p.tasks, temperature), p.tasks)
         return branch_loss([torch.from_numpy(task).log() for task in fused], torch.from_numpy(labels)).item()
-    low, high = np.log(0.01), np.log(100)
-    for _ in range(60):  # it has one valley, so of three thirds of the range one holds no minimum
-        third = (high - low) / 3
-        if cross_entropy(low + third) < cross_entropy(high - third):
-            high -= third
-        else:
-            low += third
-    return {"weights": weights, "temperature": float(np.exp(low))}
+    return {"weights": weights, "temperature": float(min(np.geomspace(0.1, 10, 101), key=cross_entropy))}
 
 # ----------------------------------------------------------------------------------------------- metrics and statistics
 
@@ -294,18 +287,18 @@ def finish(folder, p, decided):
     write_predictions(folder / "predictions.csv", p, written)
     if (p.labels < 0).all() and not p.overlaps:
         return None
-    results = {"decided": decided, "means": {}, "overlaps": {}, "subgroups": {}, "valid": {}, "test": {}}
-    for split in ("valid", "test"):
-        branches, labels = of_split(p, split)
-        if (labels >= 0).any():
-            results[split] = {branch: measure(values, labels, p.tasks) for branch, values in branches.items()}
+    results = {"decided": decided, "means": {}, "overlaps": {}, "valid": {}, "test": {}}
+    branches, labels = of_split(p, "valid")
+    if branches and (labels >= 0).any():
+        results["valid"] = measure(answer_of(branches), labels, p.tasks)
     test, (branches, labels) = p.split == "test", of_split(p, "test")
-    for branch, found in results["test"].items():
-        resampled = bootstrap(branches[branch], labels, p.tasks)
-        found["intervals"] = {name: interval(samples) for name, samples in resampled.items()}
+    for branch, values in branches.items():
+        if (labels >= 0).any():
+            results["test"][branch] = found = measure(values, labels, p.tasks)
+            resampled = bootstrap(values, labels, p.tasks)
+            found["intervals"] = {name: interval(samples) for name, samples in resampled.items()}
     if results["test"]:
-        found = answer_of(results["test"])
-        results["means"] = {name: found[name] for name in MEANS if name in found}
+        results["means"] = {name: found[name] for name in MEANS if name in found}  # of the last branch: the answer
         results["incomplete"] = max(int(np.ma.getmaskarray(samples).any(0).sum()) for samples in resampled.values())
         both = answer_of(p.branches), written["calibrated"]
         results["calibration_error"] = [calibration_error(each[test], labels, p.tasks) for each in both]
@@ -415,7 +408,7 @@ def print_tables(results, compare=False):
     weights = [f"{branch} {weight:.2f}" for branch, weight in decided["weights"].items()]
     before, after = results["calibration_error"]
     print(f"{results['incomplete']} of {RESAMPLES} resamples lack a class; their mean AUC is without it\n"
-          f"found on validation: weights {', '.join(weights)}; temperature {decided['temperature']:.2f} (0.01 to 100)\n"
+          f"found on validation: weights {', '.join(weights)}; temperature {decided['temperature']:.2f} (0.1 to 10)\n"
           f"calibration error of {answer} {100 * before:.1f}%, at this temperature {100 * after:.1f}%")
 
 def print_groups(saved, results):
@@ -458,9 +451,12 @@ def one_lesion(run, paths, about, device, rule="near"):
     pixels = torch.tensor(np.stack(list(used.values())), device=device)[None].float().requires_grad_()
     inputs = data.as_inputs(pixels, used)
     inputs["words"] = torch.from_numpy(data.as_words(about, vocabulary, 1)).to(device)
-    seen = []  # what enters the second stage's attention
+    seen, pooled = [], []  # what enters the second stage's attention, and what CLNet's classifier pools
     if len(used) == 2 and getattr(network, "attentions", None):
         network.attentions[1].register_forward_pre_hook(lambda module, maps: seen.extend(maps))
+    if saved["flags"]["model"] == "clnet" and weights:
+        before = [*network.encoders[0].stages, *network.fusions][-1]
+        before.register_forward_hook(lambda module, inputs, output: pooled.append(output))
     outputs = network(*(inputs.get(name, inputs[first]) for name in network.reads))
     certainty, answer, text = 0 * pixels.sum(), {}, ""
     for t, (task, classes) in enumerate(saved["tasks"].items()):
@@ -471,17 +467,21 @@ def one_lesion(run, paths, about, device, rule="near"):
             answer[task] = dict(zip(classes, p.tolist()))
             shown = "  ".join(f"{name} {100 * value:.0f}%" for name, value in answer[task].items())
             text += f"{task}: {classes[p.argmax()]}   ({shown})\n"
-    certainty.backward()
+    of_pixels, *of_pooled = torch.autograd.grad(certainty, [pixels, *pooled])
+    heats = gaussian_blur(of_pixels[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S)
+    if pooled:  # CLNet's activation map: Grad-CAM with its ReLU inside the sum. Its paper calls it Grad-CAM++, but that
+        w = of_pooled[0].mean((2, 3), keepdim=True)  # Eq. 2; would need weights from higher derivatives.
+        heats = (w * pooled[0]).relu().sum(1)  # Eq. 3: (1, H_4, W_4)
     path = Path(run) / f"lesion-{Path(paths[first]).stem}.png"
-    draw(path, text, network, used, pixels.grad[0].abs().sum(-1), seen, outputs.get("mask"))
+    draw(path, text, network, used, heats, seen, outputs.get("mask"))
     print(f"{text}the photos, what counts in them and what they read: {path}\nFor research: this is no medical device.")
     return answer
 
-def draw(path, text, network, photos, gradients, seen, mask):
-    """Each photo, followed by what counts in it (gradients (V, S, S)), by what the place that counts most reads by
+def draw(path, text, network, photos, heats, seen, mask):
+    """Each photo, followed by what counts in it (a map of heats (V, S, S)), by what the place that counts most reads by
     attention after the second stage, and by the outline that was found; under them the text."""
-    panels, views, size = [], list(photos), gradients.shape[-1]
-    for v, heat in enumerate(gaussian_blur(gradients, 2 * (size // 32) + 1)):
+    panels, views, size = [], list(photos), heats.shape[-1]
+    for v, heat in enumerate(heats):
         photo = photos[views[v]]
         panels += [photo, overlay(photo, heat)]
         if seen:
@@ -504,7 +504,7 @@ def draw(path, text, network, photos, gradients, seen, mask):
 def overlay(photo, heat):
     """The photo (S, S, 3) with a map over it, red where it is high."""
     heat = heat.detach().cpu().numpy()
-    heat = 0.8 * (heat - heat.min()) / max(np.ptp(heat), 1e-30)
+    heat = 0.8 * heat / max(heat.max(), 1e-30)
     heat = np.asarray(Image.fromarray(heat).resize(photo.shape[:2], Image.BILINEAR))[..., None]
     return (photo * (1 - heat) + np.array([255, 80, 0]) * heat).astype(np.uint8)
 

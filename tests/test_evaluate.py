@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn import metrics
 
@@ -239,14 +240,14 @@ def test_temperature_is_the_best_of_a_fine_grid():
             known = labels[:100, t] >= 0
             total -= np.log((powers / powers.sum(1, keepdims=True))[known, labels[:100, t][known]]).mean()
         losses.append(total)
-    close(evaluate.decide(p)["temperature"], grid[np.argmin(losses)], 2e-3)
+    close(evaluate.decide(p)["temperature"], grid[np.argmin(losses)], 0.024)  # its steps are of 4.7%
 
 def test_right_answers_end_at_the_lowest_temperature():
     labels = np.zeros((8, 1), int)
     p = predictions(labels, {"fusion": np.tile([0.6, 0.4], (8, 1))}, {"DIAG": ("a", "b")})
-    assert 0.0099 < evaluate.decide(p)["temperature"] < 0.05
+    close(evaluate.decide(p)["temperature"], 0.1)
     p = predictions(1 - labels, {"fusion": np.tile([0.6, 0.4], (8, 1))}, {"DIAG": ("a", "b")})
-    close(evaluate.decide(p)["temperature"], 100, 1e-2)
+    close(evaluate.decide(p)["temperature"], 10)
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
@@ -298,9 +299,9 @@ def test_test_labels_decide_nothing(run):
     edit(run, change)
     for rule in ("near", "maximum"):
         after, _ = evaluate.evaluate_run(run, rule=rule)
-        assert after["valid"]["fusion"] == before["valid"]["fusion"] and after["test"] != before["test"]
+        assert after["test"] != before["test"]
         if rule == "near":
-            assert after["decided"] == before["decided"]
+            assert after["decided"] == before["decided"] and after["valid"] == before["valid"]
 
 def test_rows_of_predictions_may_be_shuffled_but_not_lost_doubled_or_strange(run):
     results = evaluate.main([str(run)])
@@ -500,10 +501,10 @@ def test_a_single_branch_is_its_own_answer(run, release, tmp_path):
     evaluate_csv(run, release, [{"case": "a", "dermoscopy": 50}])
     assert len(table(run / "new" / "predictions.csv")) == 1
 
-def looked_at(run, release, monkeypatch, weights):
+def looked_at(run, release, monkeypatch, weights, branches=BRANCHES):
     """The maps that the picture shows."""
     maps, overlay = [], evaluate.overlay
-    decided = {"weights": dict(zip(BRANCHES, weights)), "temperature": 1.0}
+    decided = {"weights": dict(zip(branches, weights)), "temperature": 1.0}
     monkeypatch.setattr(evaluate, "decide", lambda p, rule: decided)
     monkeypatch.setattr(evaluate, "overlay", lambda photo, heat: maps.append((photo, heat)) or overlay(photo, heat))
     evaluate.one_lesion(run, photos(release), {}, CPU)
@@ -537,3 +538,22 @@ def test_long_class_names_do_not_break_the_picture(run, release):
     edit(run, lambda saved: saved["tasks"].update(BWV=("ä" * 75, "b" * 750)))
     with_branches(run, {branch: np.full((35, 24), 0.3) for branch in BRANCHES})
     assert len(evaluate.one_lesion(run, photos(release), {}, CPU)["BWV"]) == 2
+
+@pytest.mark.parametrize("learns", ["class", "both"])
+def test_clnets_activation_map_is_worked_out_by_hand(learns, run, release, monkeypatch):
+    """Eq. 2 and 3. The classifier is linear in the pooled maps, so the gradients of log p can be written down."""
+    remake(run, model="clnet", tasks=learns, image_size=64)
+    (_, found), *_ = looked_at(run, release, monkeypatch, [1.0], ["dermoscopy"])
+    network = evaluate.load_network(torch.load(run / "model.pt", weights_only=True), CPU)
+    image = data.as_inputs(torch.from_numpy(data.decode(photos(release)["dermoscopy"], 64))[None, None], ["dermoscopy"])["dermoscopy"]
+    with torch.no_grad():
+        X = network.encoders[0](image)[-1]
+        if learns == "both":
+            X = network.fusions[3](X, network.encoders[1](image)[-1])
+        w = torch.zeros(X.shape[1])
+        for task, logits in zip(network.tasks, network(image)["dermoscopy"]):
+            gradient = F.one_hot(logits[0].argmax(), logits.shape[1]) - logits[0].softmax(0)  # of log p by the logits
+            w += gradient @ task.weight[:, -len(w):] / X[0, 0].numel()
+        expected = (w[:, None, None] * X[0]).relu().sum(0)
+    assert expected.shape == (2, 2) and expected.max() > 0
+    close(found, expected, 1e-4)
