@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
+from torchvision.ops import Permute
 
 class WeightsError(ValueError):
     """Weights that are missing or do not fit; the message says which and what to do."""
@@ -86,21 +87,19 @@ class ConvNeXtBlock(nn.Module):
         return self.drop_path(x, self.gamma * y)
 
 class ConvNeXt(Encoder):
-    """ConvNeXt (Liu et al. 2022): patches of 4x4, 4 stages; a stage first halves the map, but not the first one."""
+    """ConvNeXt (Liu et al. 2022): patches of 4x4, then 4 stages; each but the first begins by halving the map."""
 
     def __init__(self, depths, channels):
         super().__init__()
         self.channels = channels
-        self.stem = nn.Sequential(OrderedDict(
-            conv=nn.Conv2d(3, channels[0], 4, stride=4), norm=LayerNorm2d(channels[0], eps=1e-6)))
+        self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 4, stride=4), LayerNorm2d(channels[0], eps=1e-6))
         self.stages = nn.ModuleList()
         rates = [0.1 * i / (sum(depths) - 1) for i in range(sum(depths))]  # of DropPath: rising from block to block
         for i, depth in enumerate(depths):
             stage = nn.Sequential()
             if i > 0:
-                stage.downsample = nn.Sequential(OrderedDict(
-                    norm=LayerNorm2d(channels[i - 1], eps=1e-6),
-                    conv=nn.Conv2d(channels[i - 1], channels[i], 2, stride=2)))
+                stage.merge = nn.Sequential(LayerNorm2d(channels[i - 1], eps=1e-6),
+                                            nn.Conv2d(channels[i - 1], channels[i], 2, stride=2))
             stage.blocks = nn.Sequential(*(ConvNeXtBlock(channels[i], rates.pop(0)) for _ in range(depth)))
             self.stages.append(stage)
         self.norm = nn.LayerNorm(channels[-1], eps=1e-6)
@@ -129,10 +128,9 @@ def to_map(x, rows, columns, M):
 def shift_mask(rows, columns, M, shift_y, shift_x, device):
     """-100 for tokens that share a window only because the map was rolled, else 0: (windows, 1, N, N) (Swin, Fig. 4).
 
-    Rolling the map up and left brings its top rows to the bottom and its left columns to the right, beside tokens that
-    are no neighbours of theirs. So the rolled map is cut into regions by origin, and a token reads its own region only.
-    Here are 2 x 2 windows with M = 2, shifted by 1. (The papers' code draws 3 x 3 regions; its two other lines are
-    borders of windows, which part tokens anyway.)
+    Rolling brings the top rows to the bottom and the left columns to the right, beside tokens that are far away. Each
+    token gets the number of the region it came from, and reads only that region. Below: 2 x 2 windows, M = 2, shifted
+    by 1. (The papers' code has 3 x 3 regions; its two other lines are borders of windows, so nothing changes.)
 
         0 0 | 0 1      0  did not come round
         0 0 | 0 1      1  came round from the left
@@ -148,7 +146,7 @@ def shift_mask(rows, columns, M, shift_y, shift_x, device):
     return torch.where(apart, -100.0, 0.0).transpose(0, 1)  # (windows, 1, N, N)
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside windows of M x M tokens, which every other block shifts (Swin, Sec. 3.2)."""
+    """Multi-head self-attention in windows of M x M tokens; every second block shifts them (Swin, Sec. 3.2)."""
 
     def __init__(self, channels, heads, window, shift):
         super().__init__()
@@ -156,7 +154,7 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         self.add_parameters()
-        # A pair's bias depends on its offset (dy, dx) alone; bias_index is the row of that offset in the table.
+        # The bias of a pair depends only on its offset (dy, dx); bias_index says which row of the table that is.
         place = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (N, 2)
         dy, dx = (place[:, None] - place[None] + window - 1).unbind(-1)  # (N, N) each, from 0 to 2M - 2
         self.register_buffer("bias_index", dy * (2 * window - 1) + dx, persistent=False)
@@ -192,7 +190,7 @@ class WindowAttention(nn.Module):
         qkv = self.project(x).view(B, rows * columns, M * M, 3, h, C // h)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each (B, windows, h, N, d)
         scores = self.similarity(q, k)  # (B, windows, h, N, N)
-        x = (scores + bias.to(scores.dtype)).softmax(-1) @ v  # Eq. 4
+        x = (scores + bias.to(scores.dtype)).softmax(-1) @ v  # Eq. 4; the bias is the same for all images
         x = self.proj(x.transpose(2, 3).flatten(3))  # (B, windows, N, C)
         x = to_map(x, rows, columns, M)
         if shifted:
@@ -214,7 +212,7 @@ class WindowAttentionV2(WindowAttention):
         return 16 * self.cpb_mlp(self.offsets).sigmoid()  # ((2M - 1)^2, h)
 
     def project(self, x):
-        q_bias, k_bias, v_bias = self.qkv.bias.chunk(3)  # V2's keys have none: the parameter is idle
+        q_bias, k_bias, v_bias = self.qkv.bias.chunk(3)  # V2 has no key bias: that third is unused
         bias = torch.cat((q_bias, torch.zeros_like(k_bias), v_bias))
         return F.linear(x, self.qkv.weight, bias)
 
@@ -234,8 +232,7 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attn = Attention(channels, heads, window, shift)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(channels, 4 * channels), act=nn.GELU(), fc2=nn.Linear(4 * channels, channels)))
+        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):  # (B, H, W, C)
@@ -263,20 +260,13 @@ class PatchMerging(nn.Module):
             return self.norm(self.reduction(x))  # (B, H/2, W/2, 2C)
         return self.reduction(self.norm(x))
 
-class SwinStage(nn.Sequential):
-    """`merge`, then `blocks`, with the channels last."""
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
 class Swin(Encoder):
     """Swin Transformer (Liu et al. 2021) and Swin V2 (Liu et al. 2022), tiny: patches of 4x4, 4 stages."""
 
     def __init__(self, v2, window):
         super().__init__()
         self.channels, depths, heads = (96, 192, 384, 768), (2, 2, 6, 2), (3, 6, 12, 24)
-        self.stem = nn.Sequential(OrderedDict(
-            proj=nn.Conv2d(3, self.channels[0], 4, stride=4), norm=LayerNorm2d(self.channels[0])))
+        self.stem = nn.Sequential(nn.Conv2d(3, self.channels[0], 4, stride=4), LayerNorm2d(self.channels[0]))
         self.stages = nn.ModuleList()
         rates = [0.2 * i / (sum(depths) - 1) for i in range(sum(depths))]  # of DropPath: rising from block to block
         for i in range(4):
@@ -285,7 +275,8 @@ class Swin(Encoder):
             for j in range(depths[i]):
                 shift = window // 2 if j % 2 else 0
                 blocks.append(SwinBlock(self.channels[i], heads[i], window, shift, rates.pop(0), v2))
-            self.stages.append(SwinStage(OrderedDict(merge=merge, blocks=blocks)))
+            self.stages.append(nn.Sequential(OrderedDict(  # inside, the channels come last
+                to_last=Permute([0, 2, 3, 1]), merge=merge, blocks=blocks, to_first=Permute([0, 3, 1, 2]))))
         self.norm = nn.LayerNorm(self.channels[-1])
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -315,12 +306,8 @@ class DenseNet201(Encoder):
         super().__init__()
         net = models.densenet201().features
         self.channels = (128, 256, 896, 1920)
-        self.stem = nn.Sequential(OrderedDict(conv0=net.conv0, norm0=net.norm0, relu0=net.relu0, pool0=net.pool0))
-        self.stages = nn.ModuleList([
-            nn.Sequential(OrderedDict(block=net.denseblock1, transition=net.transition1)),
-            nn.Sequential(OrderedDict(block=net.denseblock2, transition=net.transition2)),
-            nn.Sequential(OrderedDict(block=net.denseblock3, transition=net.transition3)),
-            nn.Sequential(OrderedDict(block=net.denseblock4))])
+        self.stem = net[:4]  # conv0, norm0, relu0, pool0
+        self.stages = nn.ModuleList([net[4:6], net[6:8], net[8:10], net[10:11]])  # denseblock1 and transition1, ...
         self.norm = net.norm5
 
     def pool(self, last):
@@ -339,27 +326,24 @@ class MobileNetV2(Encoder):
 # ------------------------------------------------------------------------------------------------- names and weights
 
 # torchvision's parameter names -> ours: patterns, replaced in this order.
-FEATURES = {  # the odd ones are the stages, the even ones stand between them
+FEATURES = {  # 0 is the stem; the odd numbers are stages, the even ones merge
     r"^features\.0\.": "stem.", r"^features\.1\.": "stages.0.blocks.", r"^features\.2\.": "stages.1.merge.",
     r"^features\.3\.": "stages.1.blocks.", r"^features\.4\.": "stages.2.merge.", r"^features\.5\.": "stages.2.blocks.",
     r"^features\.6\.": "stages.3.merge.", r"^features\.7\.": "stages.3.blocks.",
 }
-SWIN_NAMES = FEATURES | {
-    r"^stem\.0\.": "stem.proj.", r"^stem\.2\.": "stem.norm.", r"\bmlp\.0\.": "mlp.fc1.", r"\bmlp\.3\.": "mlp.fc2.",
-}
+SWIN_NAMES = FEATURES | {r"^stem\.2\.": "stem.1.", r"\bmlp\.3\.": "mlp.2."}  # \b: not cpb_mlp
 CONVNEXT_NAMES = FEATURES | {
-    r"^stem\.0\.": "stem.conv.", r"^stem\.1\.": "stem.norm.", r"merge\.0\.": "downsample.norm.",
-    r"merge\.1\.": "downsample.conv.", r"block\.0\.": "dwconv.", r"block\.2\.": "norm.", r"block\.3\.": "pwconv1.",
-    r"block\.5\.": "pwconv2.", r"layer_scale$": "gamma", r"^classifier\.0\.": "norm.",
+    r"block\.0\.": "dwconv.", r"block\.2\.": "norm.", r"block\.3\.": "pwconv1.", r"block\.5\.": "pwconv2.",
+    r"layer_scale$": "gamma", r"^classifier\.0\.": "norm.",
 }
 RESNET_NAMES = {
     r"^(conv1|bn1)\.": r"stem.\1.",
     r"^layer1\.": "stages.0.", r"^layer2\.": "stages.1.", r"^layer3\.": "stages.2.", r"^layer4\.": "stages.3.",
 }
 DENSENET_NAMES = {
-    r"^features\.(conv0|norm0)\.": r"stem.\1.", r"^features\.norm5\.": "norm.", r"^features\.dense": "features.",
-    r"^features\.(block|transition)1\.": r"stages.0.\1.", r"^features\.(block|transition)2\.": r"stages.1.\1.",
-    r"^features\.(block|transition)3\.": r"stages.2.\1.", r"^features\.block4\.": "stages.3.block.",
+    r"^features\.(conv0|norm0)\.": r"stem.\1.", r"^features\.norm5\.": "norm.",
+    r"^features\.(\w+1)\.": r"stages.0.\1.", r"^features\.(\w+2)\.": r"stages.1.\1.",
+    r"^features\.(\w+3)\.": r"stages.2.\1.", r"^features\.(\w+4)\.": r"stages.3.\1.",
     r"(norm|conv)\.([12])\.": r"\1\2.",  # the published file is of an older torch and says norm.1 for norm1
 }
 MOBILENET_NAMES = {  # a slice of a Sequential keeps its numbers
@@ -370,9 +354,8 @@ MOBILENET_NAMES = {  # a slice of a Sequential keeps its numbers
 CLASSIFIER = re.compile(r"^(head|fc|classifier|classifier\.[12])\.(weight|bias)$")  # the one of ImageNet's 1000 classes
 DERIVED = re.compile(r"relative_position_index|relative_coords_table")  # in Swin's files, but computed here
 
-# make() builds an encoder with random weights; published: torchvision's, of its V1 recipe, as in the papers.
+# name -> what builds it with random weights, torchvision's names, its published weights (V1 recipe, as in the papers)
 Backbone = namedtuple("Backbone", ["make", "names", "published"])
-
 BACKBONES = {
     "swin_t": Backbone(partial(Swin, v2=False, window=7), SWIN_NAMES, models.Swin_T_Weights.IMAGENET1K_V1),
     "swin_v2_t": Backbone(partial(Swin, v2=True, window=8), SWIN_NAMES, models.Swin_V2_T_Weights.IMAGENET1K_V1),
@@ -384,15 +367,15 @@ BACKBONES = {
     "mobilenet_v2": Backbone(MobileNetV2, MOBILENET_NAMES, models.MobileNet_V2_Weights.IMAGENET1K_V1),
 }
 
-def build(name, weights=None):
-    """The encoder of that name. `weights`: None (random), "imagenet" (torchvision's, downloaded once, hash checked) or
-    the path of a state dict in torchvision's format. The ImageNet classifier in it is left out, and that is said.
+def build(name, weights="none"):
+    """The encoder of that name. `weights`: "none" (random), "imagenet" (torchvision's, downloaded once, hash checked)
+    or the path of a state dict in torchvision's format. The ImageNet classifier in it is left out, and that is said.
     Raises WeightsError if the weights cannot be had, or if a name or shape in them does not fit."""
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
     make, names, published = BACKBONES[name]
     encoder = make().to(memory_format=torch.channels_last)  # convolutions are faster so
-    if weights is None:
+    if weights == "none":
         return encoder
     state = download(name, published) if weights == "imagenet" else read_weights(weights)
     try:
@@ -409,7 +392,7 @@ def download(name, published):
         raise WeightsError(f"torchvision has no ImageNet weights for {name}: use --weights none or a path.")
     try:
         return published.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no network; a wrong hash
         raise WeightsError(
             f"{name}: cannot download its ImageNet weights ({error}). Fetch {published.url} elsewhere and put it into "
             f"{torch.hub.get_dir()}/checkpoints, or use --weights none with a higher --lr such as 3e-4.") from error
@@ -426,7 +409,7 @@ def read_weights(path):
 
 def rename(state, names):
     """torchvision's state dict under our names, without what an encoder does not have."""
-    ours = {}  # a plain dict has no version: torch then allows for old files, which have no num_batches_tracked
+    ours = {}  # in a plain dict torch accepts old files, which have no num_batches_tracked
     for key, value in state.items():
         if CLASSIFIER.search(key) or DERIVED.search(key):
             continue

@@ -50,11 +50,6 @@ class RunError(ValueError):
 # given ones: "jaccard" and "dice" -> (N,).
 Predictions = namedtuple("Predictions", "tasks cases split labels metadata branches overlaps")
 
-def of_split(p, split):
-    """The branches and the labels of the lesions of a split."""
-    rows = p.split == split
-    return {branch: values[rows] for branch, values in p.branches.items()}, p.labels[rows]
-
 def answer_of(branches):
     """The last branch answers: "weighted", or the only one."""
     return list(branches.values())[-1]
@@ -114,14 +109,16 @@ def search_weights(branches, labels, tasks, rule="near"):
 
 def decide(p, rule="near"):
     """From the validation split alone: the weights, and the temperature of lowest cross-entropy (Guo et al. 2017)."""
-    branches, labels = of_split(p, "valid")
-    if not branches:
-        return {"weights": {}, "temperature": 1.0}
+    if not p.branches:
+        return {"rule": rule, "weights": {}, "temperature": 1.0}
+    valid = p.split == "valid"
+    branches, labels = {branch: values[valid] for branch, values in p.branches.items()}, p.labels[valid]
     weights = search_weights(branches, labels, p.tasks, rule)
+    logits = [torch.from_numpy(part).log() for part in by_task(fuse(branches, weights, p.tasks), p.tasks)]
     def cross_entropy(temperature):
-        fused = by_task(fuse(branches, weights, p.tasks, temperature), p.tasks)
-        return branch_loss([torch.from_numpy(task).log() for task in fused], torch.from_numpy(labels)).item()
-    return {"weights": weights, "temperature": float(min(np.geomspace(0.1, 10, 101), key=cross_entropy))}
+        return branch_loss([z / temperature for z in logits], torch.from_numpy(labels)).item()
+    temperature = float(min(np.geomspace(0.1, 10, 101), key=cross_entropy))  # in steps of 5% (ours)
+    return {"rule": rule, "weights": weights, "temperature": temperature}
 
 # ----------------------------------------------------------------------------------------------- metrics and statistics
 
@@ -131,23 +128,21 @@ def each_task(probabilities, labels, tasks):
     for t, (task, classes) in enumerate(tasks.items()):
         known = labels[:, t] >= 0
         truth = labels[known, t]
-        columns = {k: f"{task}/{name}" for k, name in enumerate(classes) if 0 < (truth == k).sum() < len(truth)
-                   and name != "absent" and (k > 0 or len(classes) > 2)}
+        positives = [k for k, name in enumerate(classes) if name != "absent" and (k > 0 or len(classes) > 2)]
+        columns = {k: f"{task}/{classes[k]}" for k in positives if 0 < (truth == k).sum() < len(truth)}
         if known.any():
             yield task, known, by_task(probabilities, tasks)[t][known], truth, columns
 
 def measure(probabilities, labels, tasks):
-    """scikit-learn's metrics: name -> {column: value}, and "mean_name" -> the mean over its columns."""
+    """Metrics: name -> {column: value}, and "mean_name" -> the mean over its columns."""
     found = defaultdict(dict)
     for task, _, scores, truth, columns in each_task(probabilities, labels, tasks):
         predicted = scores.argmax(1)
         found["accuracy"][task] = metrics.accuracy_score(truth, predicted)
         found["macro_f1"][task] = metrics.f1_score(truth, predicted, average="macro")
-        chosen, true = list(columns), np.eye(scores.shape[1])[truth]
-        aucs = np.atleast_1d(metrics.roc_auc_score(true[:, chosen], scores[:, chosen], average=None) if columns else [])
-        for n, (k, column) in enumerate(columns.items()):
+        for k, column in columns.items():
             positive, called = truth == k, predicted == k
-            found["auc"][column] = aucs[n]
+            found["auc"][column] = metrics.roc_auc_score(positive, scores[:, k])
             if len(tasks) == 1:  # as in Table 9
                 found["ap"][column] = metrics.average_precision_score(positive, scores[:, k])
             found["precision"][column] = positive[called].sum() / max(called.sum(), 1)
@@ -155,25 +150,25 @@ def measure(probabilities, labels, tasks):
             found["specificity"][column] = (~called)[~positive].mean()
     means = {f"mean_{name}": float(np.mean(list(each.values()))) for name, each in found.items()}
     if len(tasks) == 1 and means:  # MAT's Table 1
-        means["lrap"] = float(metrics.label_ranking_average_precision_score(true, scores))
+        means["lrap"] = float(metrics.label_ranking_average_precision_score(np.eye(scores.shape[1])[truth], scores))
     return dict(found) | means
 
 def resamples(labels):
     """How often each lesion counts, (1 + R, N): first once, then as drawn, always the same, so that runs can be paired.
     With one task they are drawn within classes: a mean that lacks a class in some resamples would lean to one side."""
     rng, counts = np.random.default_rng(0), np.ones((1 + RESAMPLES, len(labels)))
-    strata = [np.arange(len(labels))]
-    if labels.shape[1] == 1:
-        strata = [np.flatnonzero(labels[:, 0] == k) for k in np.unique(labels)]
-    for rows in strata:
+    strata = labels[:, 0] if labels.shape[1] == 1 else np.zeros(len(labels))
+    for stratum in np.unique(strata):
+        rows = np.flatnonzero(strata == stratum)
         counts[1:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), RESAMPLES)
     return counts
 
 def resampled_auc(scores, positive, counts):
     """AUC in each resample: the share of pairs in which the positive has the higher score, ties counting half."""
     wins = np.heaviside(scores[positive][:, None] - scores[~positive], 0.5)
-    p, n = counts[:, positive], counts[:, ~positive]
-    return np.ma.divide(((p @ wins) * n).sum(1), p.sum(1) * n.sum(1))  # masked where there is no pair
+    of_positives, of_negatives = counts[:, positive], counts[:, ~positive]
+    won = ((of_positives @ wins) * of_negatives).sum(1)
+    return np.ma.divide(won, of_positives.sum(1) * of_negatives.sum(1))  # masked where there is no pair
 
 def bootstrap(probabilities, labels, tasks):
     """AUC and accuracy of each column in each resample, masked where it lacks the class: mean -> (columns, 1 + R)."""
@@ -190,9 +185,9 @@ def interval(samples):
 
 def difference(p, other):
     """Paired bootstrap of two runs' answers on the same test lesions: mean -> [difference, low, high]."""
-    (ours, labels), (theirs, _) = of_split(p, "test"), of_split(other, "test")
-    found = [bootstrap(answer_of(each), labels, p.tasks) for each in (ours, theirs)]
-    gaps = {name: found[0][name] - found[1][name] for name in found[0]}
+    test = p.split == "test"
+    ours, theirs = (bootstrap(answer_of(each.branches)[test], p.labels[test], p.tasks) for each in (p, other))
+    gaps = {name: ours[name] - theirs[name] for name in ours}
     return {name: [float(gap[:, 0].mean()), *interval(gap)] for name, gap in gaps.items()}
 
 def calibration_error(probabilities, labels, tasks):
@@ -227,11 +222,10 @@ def load_network(saved, device):
 def write(path, text):
     """Writes the whole file or none. Where nothing may be written that is said, and the tables are still printed."""
     try:
-        path.parent.mkdir(exist_ok=True)
         with data.whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        print(f"WARNING: {path} is not written ({error.strerror})")
+        print(f"WARNING: {path} is not written ({error})")
 
 def column_names(branch, tasks):
     return [f"{branch}/{task}/{name}" for task, classes in tasks.items() for name in classes]
@@ -266,8 +260,9 @@ def read_predictions(run, saved):
         by_case = {row["case"]: row for row in rows}
         def values(*columns):
             return np.array([[float(by_case[case][column]) for column in columns] for case in p.cases])
-        for name in sorted({"jaccard", "dice"} & rows[0].keys()):
-            p.overlaps[name] = values(name)[:, 0]
+        for name in ("jaccard", "dice"):
+            if name in rows[0]:
+                p.overlaps[name] = values(name)[:, 0]
         for branch in dict.fromkeys(name.split("/")[0] for name in rows[0] if "/" in name):
             if branch not in ("equal", "weighted", "calibrated"):
                 p.branches[branch] = values(*column_names(branch, p.tasks))
@@ -288,78 +283,76 @@ def finish(folder, p, decided):
     if (p.labels < 0).all() and not p.overlaps:
         return None
     results = {"decided": decided, "means": {}, "overlaps": {}, "valid": {}, "test": {}}
-    branches, labels = of_split(p, "valid")
-    if branches and (labels >= 0).any():
-        results["valid"] = measure(answer_of(branches), labels, p.tasks)
-    test, (branches, labels) = p.split == "test", of_split(p, "test")
-    for branch, values in branches.items():
-        if (labels >= 0).any():
-            results["test"][branch] = found = measure(values, labels, p.tasks)
-            resampled = bootstrap(values, labels, p.tasks)
+    valid, test = p.split == "valid", p.split == "test"
+    labels = p.labels[test]
+    if own:
+        results["valid"] = measure(answer_of(p.branches)[valid], p.labels[valid], p.tasks)
+    if own and (labels >= 0).any():
+        for branch, values in p.branches.items():
+            results["test"][branch] = found = measure(values[test], labels, p.tasks)
+            resampled = bootstrap(values[test], labels, p.tasks)
             found["intervals"] = {name: interval(samples) for name, samples in resampled.items()}
-    if results["test"]:
         results["means"] = {name: found[name] for name in MEANS if name in found}  # of the last branch: the answer
         results["incomplete"] = max(int(np.ma.getmaskarray(samples).any(0).sum()) for samples in resampled.values())
         both = answer_of(p.branches), written["calibrated"]
         results["calibration_error"] = [calibration_error(each[test], labels, p.tasks) for each in both]
         results["subgroups"] = subgroups(p)
     for name, values in p.overlaps.items():
-        counts = resamples(labels)
-        samples = np.ma.masked_array(counts @ values[test] / counts.sum(1))[None]  # (1, 1 + R)
+        samples = np.ma.array([resamples(labels) @ values[test] / len(labels)])  # (1, 1 + R)
         results["means"][name] = float(samples[0, 0])
         results["overlaps"][name] = [results["means"][name], *interval(samples)]
     write(folder / "results.json", json.dumps(results, indent=1))
     return results
 
-def with_answers(p, network, saved, release, device):
-    """The lesions of `p`, found by name in the release, with the network's answers."""
-    place = {case: n for n, case in enumerate(release.cases)}
-    rows = [place[case] for case in p.cases]
+def with_answers(p, saved, release, device):
+    """The lesions of `p`, found by name in the release, with the answers of the saved network."""
+    network = load_network(saved, device)
+    if not set(network.reads) <= {*release.views, "words"}:
+        raise RunError(f"the run reads {' and '.join(network.reads)}; this release has {' and '.join(release.views)}")
+    rows = [release.cases.index(case) for case in p.cases]
     words = data.as_words(release.metadata, saved["vocabulary"], len(release.cases))[rows]
-    found = predict(network, release.pixels[rows], release.views, words, device, saved["flags"]["amp"])
-    return p._replace(branches=found[0], overlaps=found[1])
+    branches, overlaps = predict(network, release.pixels[rows], release.views, words, device, saved["flags"]["amp"])
+    return p._replace(branches=branches, overlaps=overlaps)
 
 def evaluate_run(run, release=None, device="cpu", rule="near"):
     """(results, Predictions) of a run: from its predictions.csv or, with its own release, predicted anew."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
-    if release:
-        p = with_answers(lesions_of(saved), load_network(saved, device), saved, release, device)
-    else:
-        p = read_predictions(run, saved)
+    p = with_answers(lesions_of(saved), saved, release, device) if release else read_predictions(run, saved)
     return finish(Path(run), p, decide(p, rule)), p
 
 def evaluate_new(run, path, cache, device, rule="near"):
-    """(results, Predictions) of the lesions of a release that the run has not learned from, by its own decisions."""
+    """(results, Predictions) of the lesions of a release that the run has not seen: neither learned from, nor chosen
+    its weights and temperature on. These stay as they are."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
-    network, flags, learned = load_network(saved, device), saved["flags"], np.array(saved["split"]) == "train"
+    flags, seen = saved["flags"], np.array(saved["split"]) != "test"
     release = data.read(path, flags["image_size"], cache, to_train=False, masks=flags["model"] == "clnet")
-    if not set(network.reads) <= {*release.views, "words"}:
-        raise RunError(f"{run} reads {' and '.join(network.reads)}; {path} has only {' and '.join(release.views)}")
     if release.fingerprint == saved["release"]:
         print(f"{path}: the run's own release. Its validation and test lesions are predicted again")
         return evaluate_run(run, release, device, rule)
-    by_name = np.isin(release.cases, np.array(saved["cases"])[learned])
-    by_photo = np.isin(release.digests, np.array(saved["digests"])[learned]).any(1)
+    by_name = np.isin(release.cases, np.array(saved["cases"])[seen])
+    by_photo = np.isin(release.digests, np.array(saved["digests"])[seen]).any(1)
     new = ~by_name & ~by_photo
     if not new.any():
-        raise RunError(f"{path}: the run has learned from every lesion")
+        raise RunError(f"{path}: the run has seen every lesion")
     labels, folder = labels_for(saved["tasks"], release), Path(run) / Path(path).resolve().stem
+    lesions = vars(release) | {"tasks": saved["tasks"], "labels": labels, "split": np.where(new, "test", "train")}
+    p = with_answers(lesions_of(lesions), saved, release, device)
     print(f"{path}: {new.sum()} of {len(new)} lesions are tested, {(labels[new] >= 0).any(1).sum()} labelled; the run "
-          f"learned {by_name.sum()} by name, {by_photo.sum()} by photo. Weights and temperature stay. See {folder}")
-    lesions = {"tasks": saved["tasks"], "cases": release.cases, "split": np.where(new, "test", "train"),
-               "labels": labels, "metadata": release.metadata}
-    p = with_answers(lesions_of(lesions), network, saved, release, device)
+          f"has seen {by_name.sum()} by name, {by_photo.sum()} by photo. See {folder}")
     return finish(folder, p, decide(read_predictions(run, saved), rule)), p
 
 def labels_for(tasks, release):
-    """The release's labels (N, T) as classes of these tasks, matched by name; -1 where a task or class is not there."""
-    labels = np.full((len(release.cases), len(tasks)), -1)
+    """The release's labels (N, T) as classes of these tasks, matched by name; -1 where the run has no such class."""
+    labels, places = np.full((len(release.cases), len(tasks)), -1), {}  # places: class -> the numbers of task and class
     for t, (task, classes) in enumerate(tasks.items()):
-        numbers = {data.same_text(f"{task}/{name}"): k for k, name in enumerate(classes)}
-        for s, (other, others) in enumerate(release.tasks.items()):
-            for k, name in enumerate(others):
-                number = numbers.get(data.same_text(f"{other}/{name}"), -1)
-                labels[(release.labels[:, s] == k) & (number >= 0), t] = number
+        places |= {data.same_text(f"{task}/{name}"): (t, k) for k, name in enumerate(classes)}
+    for s, (task, classes) in enumerate(release.tasks.items()):
+        for j, name in enumerate(classes):
+            if data.same_text(f"{task}/{name}") in places:
+                t, k = places[data.same_text(f"{task}/{name}")]
+                labels[release.labels[:, s] == j, t] = k
+            else:
+                print(f"WARNING: the run has no class {task}/{name}; its labels are left out")
     return labels
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -401,14 +394,13 @@ def print_tables(results, compare=False):
                 rows[column + " paper"] = [true / (true + false), true / positives, 1 - false / (395 - positives)]
         print_table(f"Table 4: {answer} (%)", rates, rows)
     means = [name for name in MEANS if name in found]
-    rows = {branch: ["all", *(each[name] for name in means)] for branch, each in test.items()}
-    for group, each in results["subgroups"].items():
-        rows[group] = [each["lesions"], *(each.get(name, "") for name in means)]
+    groups = {branch: {"lesions": "all"} | each for branch, each in test.items()} | results["subgroups"]
+    rows = {group: [each.get(name, "") for name in ("lesions", *means)] for group, each in groups.items()}
     print_table(f"means (%), and of {answer} in subgroups", ["lesions", *(MEANS[name] for name in means)], rows)
     weights = [f"{branch} {weight:.2f}" for branch, weight in decided["weights"].items()]
-    before, after = results["calibration_error"]
+    temperature, (before, after) = decided["temperature"], results["calibration_error"]
     print(f"{results['incomplete']} of {RESAMPLES} resamples lack a class; their mean AUC is without it\n"
-          f"found on validation: weights {', '.join(weights)}; temperature {decided['temperature']:.2f} (0.1 to 10)\n"
+          f"found on validation: weights ({decided['rule']}) {', '.join(weights)}; temperature {temperature:.2f}\n"
           f"calibration error of {answer} {100 * before:.1f}%, at this temperature {100 * after:.1f}%")
 
 def print_groups(saved, results):
@@ -430,69 +422,67 @@ def one_lesion(run, paths, about, device, rule="near"):
     """Prints the answer for the photos `paths`, view -> path, and the patient `about`, column -> [text], and draws its
     picture. Returns the answer: task -> {class: probability}."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
-    network, decided = load_network(saved, device), decide(read_predictions(run, saved), rule)
-    weights, vocabulary, size = decided["weights"], saved["vocabulary"], saved["flags"]["image_size"]
-    photos = {view: data.decode(Path(path), size) for view, path in paths.items()}
-    needed = [name for name in network.reads if name != "words"]
-    used = {view: photos[view] for view in needed if view in photos}
-    if not used:
+    network, vocabulary, size = load_network(saved, device), saved["vocabulary"], saved["flags"]["image_size"]
+    needed = [view for view in data.VIEWS if view in network.reads]
+    photos = {view: data.decode(Path(paths[view]), size) for view in needed if view in paths}
+    if not photos:
         raise RunError(f"{run} needs the {' and the '.join(needed)} photo")
-    first = list(used)[0]
+    first = list(photos)[0]
     if len(photos) == 2 and np.array_equal(*photos.values()):
         print("WARNING: both photos are one and the same picture")
-    if len(used) < max(len(photos), len(needed)):
+    if len(photos) < max(len(paths), len(needed)):
         print(f"only the {first} photo is used")  # the run reads no other, or no other was given
-    if len(used) < len(needed):
-        weights = {first: 1.0}  # its own branch answers
-    for column, (text,) in about.items():
-        if "words" not in network.reads or data.word(column, text) not in vocabulary:
-            print(f"WARNING: this run has not learned the word {data.word(column, text)!r}; it is left out")
+    p = read_predictions(run, saved)
+    if len(photos) < len(needed):  # the branch of the only photo answers; the photo stands in for the other as well
+        p = p._replace(branches={first: p.branches[first]})
+    decided = decide(p, rule)
+    weights, temperature = decided["weights"], decided["temperature"]
+    for column, (value,) in about.items():
+        if "words" not in network.reads or data.word(column, value) not in vocabulary:
+            print(f"WARNING: this run has not learned the word {data.word(column, value)!r}; it is left out")
 
-    pixels = torch.tensor(np.stack(list(used.values())), device=device)[None].float().requires_grad_()
-    inputs = data.as_inputs(pixels, used)
+    pixels = torch.tensor(np.stack(list(photos.values())), device=device)[None].float().requires_grad_()
+    inputs = data.as_inputs(pixels, photos)
     inputs["words"] = torch.from_numpy(data.as_words(about, vocabulary, 1)).to(device)
     seen, pooled = [], []  # what enters the second stage's attention, and what CLNet's classifier pools
-    if len(used) == 2 and getattr(network, "attentions", None):
+    if len(photos) == 2 and getattr(network, "attentions", None):
         network.attentions[1].register_forward_pre_hook(lambda module, maps: seen.extend(maps))
     if saved["flags"]["model"] == "clnet" and weights:
         before = [*network.encoders[0].stages, *network.fusions][-1]
         before.register_forward_hook(lambda module, inputs, output: pooled.append(output))
     outputs = network(*(inputs.get(name, inputs[first]) for name in network.reads))
-    certainty, answer, text = 0 * pixels.sum(), {}, ""
+    certainty, answer, text = 0 * pixels.sum(), {}, ""  # 0 where no class is predicted
     for t, (task, classes) in enumerate(saved["tasks"].items()):
         if weights:  # a network that finds the mask alone has none
             logits = sum(weight * outputs[branch][t].log_softmax(1) for branch, weight in weights.items())
-            p = (logits / decided["temperature"]).softmax(1)[0]
-            certainty = certainty + p.max().log()
-            answer[task] = dict(zip(classes, p.tolist()))
-            shown = "  ".join(f"{name} {100 * value:.0f}%" for name, value in answer[task].items())
-            text += f"{task}: {classes[p.argmax()]}   ({shown})\n"
+            chances = (logits / temperature).softmax(1)[0]
+            certainty = certainty + chances.max().log()
+            answer[task] = dict(zip(classes, chances.tolist()))
+            shown = "  ".join(f"{name} {100 * chance:.0f}%" for name, chance in answer[task].items())
+            text += f"{task}: {classes[chances.argmax()]}   ({shown})\n"
     of_pixels, *of_pooled = torch.autograd.grad(certainty, [pixels, *pooled])
     heats = gaussian_blur(of_pixels[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S)
     if pooled:  # CLNet's activation map: Grad-CAM with its ReLU inside the sum. Its paper calls it Grad-CAM++, but that
         w = of_pooled[0].mean((2, 3), keepdim=True)  # Eq. 2; would need weights from higher derivatives.
         heats = (w * pooled[0]).relu().sum(1)  # Eq. 3: (1, H_4, W_4)
     path = Path(run) / f"lesion-{Path(paths[first]).stem}.png"
-    draw(path, text, network, used, heats, seen, outputs.get("mask"))
+    draw(path, text, network, photos, heats, seen, outputs.get("mask"))
     print(f"{text}the photos, what counts in them and what they read: {path}\nFor research: this is no medical device.")
     return answer
 
 def draw(path, text, network, photos, heats, seen, mask):
-    """Each photo, followed by what counts in it (a map of heats (V, S, S)), by what the place that counts most reads by
-    attention after the second stage, and by the outline that was found; under them the text."""
-    panels, views, size = [], list(photos), heats.shape[-1]
-    for v, heat in enumerate(heats):
-        photo = photos[views[v]]
-        panels += [photo, overlay(photo, heat)]
+    """Each photo, followed by what counts in it (heats (V, S, S)), by what its hottest place reads after the second
+    stage, and by the outline that was found; under them the text."""
+    panels, size = [], heats.shape[-1]
+    for v, (view, photo) in enumerate(photos.items()):
+        panels += [photo, overlay(photo, heats[v])]
         if seen:
             attention, (H, W) = network.attentions[1], seen[v].shape[2:]
-            row, column = divmod(int(heat.argmax()), size)
+            row, column = divmod(int(heats[v].argmax()), size)
             reads = attention.attention_at(*seen, row * H // size, column * W // size)
-            read_from = photos[views[1 - v]]
-            if getattr(attention, "reading", "") == "swapped":  # see shared_attention.py
-                read_from = photo
-            if views[v] in reads:
-                panels.append(overlay(read_from, reads[views[v]][0]))
+            source = photo if getattr(attention, "reading", "") == "swapped" else list(photos.values())[1 - v]
+            if view in reads:
+                panels.append(overlay(source, reads[view][0]))
         if mask is not None:
             inside = (mask[0] > 0).float()  # (1, H, W)
             panels.append(overlay(photo, (F.max_pool2d(inside, 3, 1, 1) - inside)[0]))
@@ -531,8 +521,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device, runs = find_device(args.device), args.runs + args.against
     paths = {view: getattr(args, view) for view in data.VIEWS if getattr(args, view)}
-    if paths and (args.data or args.compare_paper or len(runs) > 1):
-        parser.error("--clinical and --dermoscopy ask one run about one lesion, and nothing else")
+    if (paths or args.about) and (args.data or args.compare_paper or len(runs) > 1 or not paths):
+        parser.error("--clinical, --dermoscopy and --about ask one run about one lesion, and nothing else")
     if paths:
         about = {column: [text] for column, _, text in (each.partition("=") for each in args.about)}
         return one_lesion(runs[0], paths, about, device, args.rule)

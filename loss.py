@@ -5,12 +5,10 @@
     Eq. 3   L = W L_C + (0.5 - W) L_D + 0.5 L_F                biased: W_D > W_C, and W_F = W_C + W_D = 0.5
 
 L_C, L_D and L_F are the losses of the clinical, dermoscopy and fusion branch: cross-entropy per task, unweighted, then
-the mean over tasks (as in the authors' earlier public code). A label of -1 is unknown and left out; a task of which no
-label of the batch is known is left out of the mean over tasks.
+the mean over tasks (as in the authors' earlier public code). A label of -1 is unknown and left out. A task without a
+known label in the batch is left out of the mean.
 
-Shapes: B lesions, T tasks, n_t classes of task t.
-
-Run `python loss.py` for two lesions worked out.
+Shapes: B lesions, T tasks, n_t classes of task t. Run `python loss.py` for two lesions worked out.
 """
 import torch
 import torch.nn.functional as F
@@ -28,28 +26,26 @@ def branch_loss(logits, labels, gamma=0.0):
     int64 -> a scalar."""
     if labels.shape != (len(logits[0]), len(logits)) or labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, not int64 {(len(logits[0]), len(logits))}")
-    losses, known = [], []
+    known = (labels >= 0).sum(0)  # (T): how many labels each task has
+    sums = []
     for t, z in enumerate(logits):
-        y = labels[:, t]
-        n = (y >= 0).sum()
-        costs = F.cross_entropy(z, y, ignore_index=-1, reduction="none")  # (B,), 0 where y is unknown
+        costs = F.cross_entropy(z, labels[:, t], ignore_index=-1, reduction="none")  # (B,), 0 where unknown
         if gamma > 0:
             costs = focal(costs, gamma)
-        losses.append(costs.sum() / n.clamp(min=1))
-        known.append(n > 0)
-    return torch.stack(losses).sum() / torch.stack(known).sum().clamp(min=1)  # a loss of no labels is 0
+        sums.append(costs.sum())
+    means = torch.stack(sums) / known.clamp(min=1)
+    return means.sum() / (known > 0).sum().clamp(min=1)  # a loss of no labels is 0
 
 def weighted_loss(outputs, labels, weights):
     """Eq. 2. `outputs` is a dict from branch to logits, as the models return it, `weights` one from branch to weight.
 
-    Returns the total and, for the log, a dict from branch to its own loss (detached). A model with a single branch has
-    that branch's loss. Raises ValueError if labels (B, T) int64, -1 for unknown, do not fit the logits.
+    Returns the total and, for the log, a dict from branch to its own loss (detached). A branch alone counts fully.
+    Raises ValueError if labels (B, T) int64, -1 for unknown, do not fit the logits.
     """
     parts = {branch: branch_loss(logits, labels) for branch, logits in outputs.items()}
     if len(parts) == 1:
-        total = sum(parts.values())
-    else:
-        total = sum(weights[branch] * part for branch, part in parts.items())
+        weights = dict.fromkeys(parts, 1)
+    total = sum(weights[branch] * part for branch, part in parts.items())
     return total, {branch: part.detach() for branch, part in parts.items()}
 
 def biased_loss(outputs, labels, w=PAPER_W):
@@ -61,11 +57,13 @@ def equal_loss(outputs, labels):
     return weighted_loss(outputs, labels, {"clinical": 1 / 3, "dermoscopy": 1 / 3, "fusion": 1 / 3})
 
 def dice_loss(logits, mask):
-    """1 - Dice, mean over lesions: (B, 1, H, W) logits and masks of 0 and 1 (Milletari et al. 2016). Ours: 1 added
-    above and below, so that an empty mask that is found empty costs nothing."""
+    """1 - Dice, mean over lesions: (B, 1, H, W) logits and masks of 0 and 1 (after Milletari et al. 2016, who square p
+    and g below). Ours: 1 added above and below, so that an empty mask that is found empty costs nothing."""
     p = logits.sigmoid().flatten(1)
     g = mask.flatten(1)
-    return (1 - (2 * (p * g).sum(1) + 1) / (p.sum(1) + g.sum(1) + 1)).mean()
+    twice_shared = 2 * (p * g).sum(1) + 1
+    both = p.sum(1) + g.sum(1) + 1
+    return (1 - twice_shared / both).mean()
 
 def clnet_loss(outputs, labels, mask):
     """CLNet, Sec. 3.1: focal for the classes, focal + dice for the mask (B, 1, H, W). Returns as weighted_loss."""

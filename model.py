@@ -23,7 +23,7 @@ Run `python model.py` to see the parameter columns of Tables 3, 5, 6, 8 and 9, t
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
+from torchvision.ops import Conv2dNormActivation as ConvNormReLU, SqueezeExcitation
 
 import backbones
 from shared_attention import AsymmetricAttention, CrossAttention
@@ -49,7 +49,7 @@ class PEMM(nn.Module):
 
     backbone      a name of backbones.BACKBONES
     num_classes   classes of each task
-    weights       what backbones.build takes: None, "imagenet" or a path
+    weights       what backbones.build takes: "none" (random), "imagenet" or a path
     encoder       "shared" or "separate"
     fusion        "sca", "ca" or "concat"
     classifiers   "separate" or "shared" (clinical with dermoscopy; fusion always has its own)
@@ -60,7 +60,7 @@ class PEMM(nn.Module):
 
     reads = ("clinical", "dermoscopy")
 
-    def __init__(self, backbone, num_classes=SPC_CLASSES, weights=None, encoder="shared", fusion="sca",
+    def __init__(self, backbone, num_classes=SPC_CLASSES, weights="none", encoder="shared", fusion="sca",
                  classifiers="separate", reading="cross"):
         super().__init__()
         for value, choices in ((encoder, ("shared", "separate")), (fusion, ("sca", "ca", "concat")),
@@ -79,8 +79,8 @@ class PEMM(nn.Module):
         if classifiers == "separate":
             self.classifiers.append(Classifier(channels[-1], num_classes))
         self.fusion_classifier = Classifier(2 * channels[-1], num_classes)
-        # A shared encoder takes both photos as one batch: the same, but faster. Not so with batch norm (ResNet,
-        # DenseNet, MobileNet): in two passes, training normalises each modality by its own statistics.
+        # A shared encoder takes both photos as one batch: the same, but faster. Where it has batch norm (ResNet,
+        # DenseNet, MobileNet), two passes: training then normalises each photo by its own modality's statistics.
         batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.encoders.modules())
         self.one_batch = encoder == "shared" and not batch_norm
 
@@ -109,54 +109,42 @@ class PEMM(nn.Module):
 class OneModality(nn.Module):
     """The Derm and Clic rows of Tables 8 and 9: one photo, one encoder, one classifier."""
 
-    def __init__(self, backbone, num_classes=SPC_CLASSES, weights=None, modality="dermoscopy"):
+    def __init__(self, backbone, num_classes=SPC_CLASSES, weights="none", modality="dermoscopy"):
         super().__init__()
         self.reads = (modality,)
         self.encoder = backbones.build(backbone, weights)
         self.classifier = Classifier(self.encoder.channels[-1], num_classes)
 
     def forward(self, image):
-        modality = self.reads[0]
-        return {modality: self.classifier(self.encoder.pool(self.encoder(image)[-1]))}
+        return {self.reads[0]: self.classifier(self.encoder.pool(self.encoder(image)[-1]))}
 
 # ----------------------------------------------------------------------------------------- AMMFM: pay less on clinical
 
-class AMMFM(nn.Module):
-    """"Pay less on clinical images" (Tang & Lasser 2024, arXiv 2407.09999): a light encoder for the clinical photo, a
+class AMMFM(PEMM):
+    """Tang & Lasser 2024, "Pay less on clinical images" (arXiv 2407.09999): a light encoder for the clinical photo, a
     heavy one for dermoscopy, and an attention through which dermoscopy reads clinical and nothing flows back.
 
-    Only its abstract was at hand. Ours, as in PEMM: the attention after each of the four stages, and three classifiers.
+    Only its abstract was at hand. Ours: all else is PEMM's forward, with the attention after each of the four stages
+    and three classifiers.
     """
 
-    reads = ("clinical", "dermoscopy")
-
-    def __init__(self, backbone, clinical_backbone="mobilenet_v2", num_classes=SPC_CLASSES, weights=None,
-                 clinical_weights=None):
-        super().__init__()
-        self.clinical_encoder = backbones.build(clinical_backbone, clinical_weights)
-        self.dermoscopy_encoder = backbones.build(backbone, weights)
-        widths_c, widths_d = self.clinical_encoder.channels, self.dermoscopy_encoder.channels
-        self.attentions = nn.ModuleList(AsymmetricAttention(c, d) for c, d in zip(widths_c, widths_d))
-        self.clinical_classifier = Classifier(widths_c[-1], num_classes)
-        self.dermoscopy_classifier = Classifier(widths_d[-1], num_classes)
-        self.fusion_classifier = Classifier(widths_c[-1] + widths_d[-1], num_classes)
-
-    def forward(self, clinical, dermoscopy):
-        c = self.clinical_encoder.stem(clinical)
-        d = self.dermoscopy_encoder.stem(dermoscopy)
-        for stage, attention in enumerate(self.attentions):
-            c = self.clinical_encoder.stages[stage](c)
-            d = self.dermoscopy_encoder.stages[stage](d)
-            c, d = attention(c, d)
-        c, d = self.clinical_encoder.pool(c), self.dermoscopy_encoder.pool(d)
-        return {"clinical": self.clinical_classifier(c), "dermoscopy": self.dermoscopy_classifier(d),
-                "fusion": self.fusion_classifier(torch.cat((c, d), 1))}
+    def __init__(self, backbone, clinical_backbone="mobilenet_v2", num_classes=SPC_CLASSES, weights="none",
+                 clinical_weights="none"):
+        nn.Module.__init__(self)  # not PEMM's: other parts, the same forward
+        light, heavy = backbones.build(clinical_backbone, clinical_weights), backbones.build(backbone, weights)
+        self.encoders, self.one_batch = nn.ModuleList([light, heavy]), False
+        self.attentions = nn.ModuleList()
+        for width_c, width_d in zip(light.channels, heavy.channels):
+            self.attentions.append(AsymmetricAttention(width_c, width_d))
+        last_c, last_d = light.channels[-1], heavy.channels[-1]
+        self.classifiers = nn.ModuleList([Classifier(last_c, num_classes), Classifier(last_d, num_classes)])
+        self.fusion_classifier = Classifier(last_c + last_d, num_classes)
 
 # ----------------------------------------------------------------------- MAT: one image and the words about the patient
 
 class GuidedAttention(nn.Module):
-    """Fig. 2 of MAT (Zhou & Luo): x reads a guide, then a feed-forward network; each followed by dropout, shortcut and
-    layer norm. h = 8 heads, d = 512, dropout 0.1 (its Sec. 3.2). Where x is its own guide it is self-attention.
+    """Fig. 2 of MAT (Zhou & Luo). First layer: x reads a guide. Second layer: a feed-forward network. After each come
+    dropout, shortcut and layer norm. h = 8 heads, d = 512, dropout 0.1 (its Sec. 3.2).
 
     `padding` (B, m) marks words of the guide that are not there.
     """
@@ -198,7 +186,7 @@ class MAT(nn.Module):
 
     reads = ("dermoscopy", "words")
 
-    def __init__(self, backbone, num_classes, num_words, weights=None, unit="sga-sga", width=512, dropout=0.1):
+    def __init__(self, backbone, num_classes, num_words, weights="none", unit="sga-sga", width=512, dropout=0.1):
         super().__init__()
         self.unit = unit
         self.encoder = backbones.build(backbone, weights)
@@ -220,7 +208,7 @@ class MAT(nn.Module):
         padding = words == 0  # (B, m)
         x = self.encoder(dermoscopy)[-1].flatten(2).transpose(1, 2)  # (B, n, C_4)
         x = self.image_tokens(x)  # (B, n, d)
-        y, _ = self.lstm(self.embedding(words))  # (B, m, d); padding comes last, so no word hears of it
+        y, _ = self.lstm(self.embedding(words))  # (B, m, d); padding comes last and changes no word before it
         if self.unit != "none":
             x, guide_x = self.image_self(x)
             y, guide_y = self.words_self(y, padding)
@@ -235,50 +223,45 @@ class MAT(nn.Module):
 
 # ---------------------------------------------------------------- CLNet: a class and an outline, each helping the other
 
-def convolution(channels, width, kernel):
-    return Conv2dNormActivation(channels, width, kernel)  # torchvision's: convolution, batch norm, ReLU
-
-class FusionModule(nn.Module):
+class FusionModule(nn.Sequential):
     """FM_i of CLNet's Fig. 2: concat, 1x1 convolution, squeeze-and-excitation, 3x3 convolution: (B, C, H, W) twice ->
     (B, width, H, W)."""
 
     def __init__(self, channels, width):
-        super().__init__()
-        self.reduce = convolution(2 * channels, width, 1)
-        self.select = SqueezeExcitation(width, max(8, width // 16))
-        self.mix = convolution(width, width, 3)
+        super().__init__(ConvNormReLU(2 * channels, width, 1), SqueezeExcitation(width, max(8, width // 16)),
+                         ConvNormReLU(width, width, 3))
 
     def forward(self, class_map, outline_map):
-        return self.mix(self.select(self.reduce(torch.cat((class_map, outline_map), 1))))
+        return super().forward(torch.cat((class_map, outline_map), 1))
 
 class CLNet(nn.Module):
     """Combined learning (Zhang et al., ISBI 2021, Fig. 1): an encoder for the class and one for the outline, fused
     stage by stage; the class from the pooled fused maps, the mask from a U-Net's decoder on them.
 
-    learns  "both", or a half alone, "class" or "mask" (rows of Tables 1 and 2): one encoder's maps in place of FM_i
+    learns  "both", or only "class" or "mask" (rows of Tables 1 and 2): one encoder, whose own maps replace FM_i
     Ours: both encoders of one kind, so that their maps have one size; at most 256 channels in FM_i and in the decoder.
     """
 
     reads = ("dermoscopy",)
 
-    def __init__(self, backbone, num_classes, weights=None, learns="both"):
+    def __init__(self, backbone, num_classes, weights="none", learns="both"):
         super().__init__()
         self.encoders = nn.ModuleList([backbones.build(backbone, weights)])
-        widths = channels = self.encoders[0].channels
+        widths = self.encoders[0].channels
         self.fusions = nn.ModuleList()
         if learns == "both":
             self.encoders.append(backbones.build(backbone, weights))
-            widths = [min(width, 256) for width in channels]
-            self.fusions = nn.ModuleList(FusionModule(c, width) for c, width in zip(channels, widths))
+            self.fusions = nn.ModuleList(FusionModule(width, min(width, 256)) for width in widths)
+            widths = [min(width, 256) for width in widths]
         self.tasks = nn.ModuleList()
         if learns != "mask":
             self.tasks = nn.ModuleList(nn.Linear(sum(widths), n) for n in num_classes)  # Eq. 1
         self.decoder = nn.ModuleList()  # from the last stage to the first
         if learns != "class":
             width = widths[-1]
-            for skip in widths[-2::-1]:
+            for skip in reversed(widths[:-1]):
                 after = min(skip, 256)
-                self.decoder.append(nn.Sequential(convolution(width + skip, after, 3), convolution(after, after, 3)))
+                self.decoder.append(nn.Sequential(ConvNormReLU(width + skip, after, 3), ConvNormReLU(after, after, 3)))
                 width = after
             self.outline = nn.Conv2d(width, 1, 1)
 
@@ -293,7 +276,7 @@ class CLNet(nn.Module):
             outputs["dermoscopy"] = [task(pooled) for task in self.tasks]
         if self.decoder:
             x = maps[-1]
-            for block, skip in zip(self.decoder, maps[-2::-1]):
+            for block, skip in zip(self.decoder, reversed(maps[:-1])):
                 up = F.interpolate(x, skip.shape[2:], mode="bilinear")
                 x = block(torch.cat((up, skip), 1))  # Eq. 4
             x = self.outline(x)  # (B, 1, H_1, W_1) logits
@@ -302,11 +285,9 @@ class CLNet(nn.Module):
 
 def make(flags, num_classes, num_words=0, pretrained=False):
     """The model that train.py's flags (a dict) ask for: with pretrained weights if `pretrained`, else random ones."""
-    backbone, weights, clinical_weights = flags["backbone"], None, None
-    if pretrained and flags["weights"] != "none":
-        weights = flags["weights"]
-    if pretrained and flags["clinical_weights"] != "none":
-        clinical_weights = flags["clinical_weights"]
+    backbone, weights, clinical_weights = flags["backbone"], "none", "none"
+    if pretrained:
+        weights, clinical_weights = flags["weights"], flags["clinical_weights"]
     if flags["modality"] != "both":
         return OneModality(backbone, num_classes, weights, flags["modality"])
     if flags["model"] == "ammfm":
@@ -342,8 +323,8 @@ def main():
                  ("3, 5, 8", "PEMM = PS + SCA", pemm, PEMM, backbone, {}),
                  ("", "AMMFM with a light MobileNetV2", "", AMMFM, backbone, {})]
     two_classes = {"num_classes": (2,)}
-    millions = {"swin_v2_t": ("28.81", "58.48", "31.11"), "convnext_t": ("29.05", "58.95", "31.35")}
-    for backbone, (one, two, pemm) in millions.items():
+    of_two_classes = {"swin_v2_t": ("28.81", "58.48", "31.11"), "convnext_t": ("29.05", "58.95", "31.35")}
+    for backbone, (one, two, pemm) in of_two_classes.items():
         rows += [("9", "one modality, 2 outputs", one, OneModality, backbone, two_classes),
                  ("9", "baseline, 2 outputs", two, PEMM, backbone, two_classes | baseline),
                  ("9", "PEMM, 2 outputs", pemm, PEMM, backbone, two_classes)]

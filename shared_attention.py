@@ -5,14 +5,14 @@ Three 1x1 convolutions make queries q and keys k (C/8 channels) and values v (C 
     refined = x + softmax(q k^T / sqrt(C/8)) v
 
 In the **shared** module (SCA) one set of them serves both modalities; in the separate one (CA) each has its own.
-What crosses? The text of Sec. 3.2 names only a modality's own q, k and v, and Fig. 3 leaves it open. Two readings:
+What crosses? Sec. 3.2 names only a modality's own q, k and v, and Fig. 3 leaves it open. Two readings:
 
     "cross"    queries from one modality, keys and values from the other: the word's usual meaning, and our default
     "swapped"  each computes its own softmax(q k^T), unscaled, and applies the other's to its own values (CAFNet)
 
-At first x must pass unchanged, so the value layer starts at zero. The usual x + gate * read, with gate = 0 at first,
-would stay shut: Adam moves one number by about the learning rate a step, in all 250 epochs x 18 steps x 1.5e-5 = 0.07.
-A value is a sum over C weights, and each of them can move that far.
+At first x must pass unchanged (the encoder was pretrained so): the value layer starts at zero. The usual gate that
+starts at zero, x + gate * read, would stay shut: Adam moves a number by about the learning rate a step, in all
+250 epochs x 18 steps x 1.5e-5 (the mean rate) = 0.07. A value is a sum over C weights, and each can move that far.
 
 Shapes: B pairs, C channels, H x W the map, N = H W its places ("tokens"), d = C/8.
 Run `python shared_attention.py` to see the parameters, and the plain formula beside the fast one.

@@ -35,7 +35,6 @@ from loss import PAPER_W, biased_loss, clnet_loss, equal_loss
 # Without --data: a demo for a laptop, about a minute on two cores. All other defaults are the paper's recipe.
 DEMO = {"backbone": "convnext_atto", "weights": "none", "clinical_weights": "none", "image_size": 96, "epochs": 10,
         "lr": 1e-3}
-DEMO_LESIONS = {"cases": 900, "height": 128}
 UNNAMED = ("data", "cache", "out", "resume", "device", "seed", "amp", "compile")  # not in the name of a run's folder
 
 def between(kind, low, high):
@@ -60,17 +59,15 @@ def parse(argv):
     add("--device", help="cpu, cuda, cuda:1 or mps (ours: cuda, else mps, else cpu)")
     # The model.
     add("--model", default="pemm", choices=["pemm", "ammfm", "mat", "clnet"], help="see model.py")
-    add("--backbone", default="swin_v2_t", choices=list(backbones.BACKBONES),
-        help='paper: "SwinTransformer (Tiny)"; its parameter counts say V2')
+    add("--backbone", default="swin_v2_t", choices=list(backbones.BACKBONES), help='paper: "Tiny"; its counts say V2')
     add("--weights", default="imagenet", metavar="W",
-        help="imagenet, none, or a state dict in torchvision's format (ours: 413 pairs leave little else)")
+        help="imagenet, none, or a state dict in torchvision's format (ours: 413 training pairs are too few for none)")
     add("--image-size", default=224, type=between(int, 32, 4096), metavar="S", help="paper, Sec. 4.1")
     add("--modality", default="both", choices=["both", "clinical", "dermoscopy"], help="both photos or one (Table 8)")
     add("--encoder", default="shared", choices=["shared", "separate"], help="for both photos or one each (Table 5)")
     add("--fusion", default="sca", choices=["sca", "ca", "concat"], help="attention: shared, one each, none (Table 5)")
     add("--classifiers", default="separate", choices=["separate", "shared"], help="clinical and dermoscopy (Table 6)")
-    add("--reading", default="cross", choices=["cross", "swapped"],
-        help="what crosses in the attention (ours: the field's meaning, see shared_attention.py)")
+    add("--reading", default="cross", choices=["cross", "swapped"], help="what crosses: see shared_attention.py (ours)")
     add("--clinical-backbone", default="mobilenet_v2", choices=list(backbones.BACKBONES), help="AMMFM's light one")
     add("--clinical-weights", default="imagenet", metavar="W", help="AMMFM: its first weights, as --weights")
     add("--unit", default="sga-sga", choices=["none", "sa-sa", "sa-sga", "sga-sa", "sga-sga"], help="MAT (its Table 1)")
@@ -78,8 +75,7 @@ def parse(argv):
     # The training.
     add("--loss", default="biased", choices=["biased", "equal"], help="Eq. 3 or Eq. 1 (paper, Sec. 3.3)")
     add("--w", default=PAPER_W, type=between(float, 0, 0.5), help="W of Eq. 3 (Table 7; paper, Sec. 4.1)")
-    add("--epochs", type=between(int, 1, 10 ** 6),
-        help="paper, Sec. 4.1: 250 on the Seven-Point Checklist, 150 on the ISIC pairs (ours: and on all else)")
+    add("--epochs", type=between(int, 1, 10 ** 6), help="paper, Sec. 4.1: 250 on SPC, 150 on ISIC (ours: and all else)")
     add("--batch-size", default=24, type=between(int, 2, 10 ** 6), metavar="B", help="lesions (paper, Sec. 4.1)")
     add("--lr", default=3e-5, type=between(float, 0, math.inf), help="first learning rate (paper, Sec. 4.1)")
     add("--swa-start", type=between(int, 1, 10 ** 6), metavar="EPOCH",
@@ -87,11 +83,12 @@ def parse(argv):
     add("--seed", default=0, type=between(int, 0, 2 ** 63 - 1), help="of weights, order, augmentation and dropout")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (ours: where the hardware has it)")
     add("--compile", default=False, action=argparse.BooleanOptionalAction, help="torch.compile: a minute to begin with")
-    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # all None, which argparse leaves alone
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # all None: argparse keeps what is set
     given = {flag: value for flag, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
     if "data" not in given:
         parser.set_defaults(**DEMO)
     flags = vars(parser.parse_args(argv))
+    # Flags that only this model reads.
     used = {"pemm": ["modality", "encoder", "fusion", "classifiers", "reading", "loss", "w"], "mat": ["unit"],
             "ammfm": ["clinical_backbone", "clinical_weights", "loss", "w"], "clnet": ["tasks"]}
     idle = {flag for each in used.values() for flag in each} - set(used[flags["model"]])
@@ -99,9 +96,9 @@ def parse(argv):
         idle |= set(used["pemm"]) - {"modality"}
     if flags["loss"] == "equal":
         idle.add("w")
-    idle = [flag for flag in idle & given.keys() if given[flag] != parser.get_default(flag)]
-    if idle:
-        parser.error(f"{', '.join(idle)}: this would change nothing beside the other flags".replace("_", "-"))
+    useless = sorted(flag for flag in idle & given.keys() if given[flag] != parser.get_default(flag))
+    if useless:
+        parser.error(f"{', '.join(useless)}: this would change nothing beside the other flags".replace("_", "-"))
     return flags, given
 
 def has_bfloat16(device):
@@ -131,18 +128,16 @@ def average_in(average, count, network):
 
 @torch.no_grad()
 def re_estimate(network, batches_of_inputs, autocast=nullcontext):
-    """Batch-norm statistics of the average: the mean over the batches of one augmented pass, in training mode."""
-    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's way to say: plain mean over all batches
+    """Batch-norm statistics of the average: the mean over the batches of one augmented pass, in training mode. The
+    network is then ready to be saved, not to be trained further."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # torch's way to say: plain mean over all batches
     network.train()
     for inputs, _ in batches_of_inputs:
         with autocast():
             network(*(inputs[name] for name in network.reads))
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
 
 def validation(network, release, words, device, amp):
     """With the current weights, on the validation split: mean AUC and accuracy of the equally weighted branches, and
@@ -194,38 +189,37 @@ def begin(run, flags):
 def main(argv=None):
     """Trains and evaluates; returns what results.json holds. Raises RunError, DataError or WeightsError."""
     flags, given = parse(argv)
-    state, device = None, evaluate.find_device(flags["device"])
+    state = None
     if flags["resume"]:
         run = Path(flags["resume"])
         if not (run / "last.pt").exists():
             raise RunError(f"{run}: no last.pt, so no run to go on with")
-        state = evaluate.load_checkpoint(run / "last.pt", device)
+        state = evaluate.load_checkpoint(run / "last.pt")
         flags = state["flags"]
         for flag in given.keys() - {"resume"}:
             if flag not in ("data", "cache", "device") and given[flag] != flags[flag]:
-                raise RunError(f"{run} cannot go on with --{flag} {given[flag]}: it began with {flags[flag]}, and the "
-                               "result would be that of neither. Begin a new run with --out")
+                raise RunError(f"{run} began with {flag} {flags[flag]}, not {given[flag]}: begin another with --out")
             flags[flag] = given[flag]
+    device = evaluate.find_device(flags["device"])
     path = flags["data"]
     if path is None:
-        path = data.synthesize("runs/synthetic-spc-{cases}".format(**DEMO_LESIONS), **DEMO_LESIONS)
+        path = data.synthesize("runs/synthetic-spc-900", cases=900, height=128)
         print(f"no --data: a demo on the synthetic SPC in {path}")
     release = data.read(path, flags["image_size"], flags["cache"], masks=flags["model"] == "clnet")
     for note in release.notes:
         print(note)
 
-    if state:
-        if state["release"] != release.fingerprint or state["split"] != release.split.tolist():
-            raise RunError(f"{path} is not what {run} began with: photos, labels or split are others. Begin a new run")
-    else:
-        if flags["epochs"] is None:
-            flags["epochs"] = 250 if release.kind in ("spc", "synthetic") else 150  # paper, Sec. 4.1
-        if flags["swa_start"] is None:
-            flags["swa_start"] = int(0.8 * flags["epochs"]) + 1
-        if flags["swa_start"] > flags["epochs"]:
-            raise RunError(f"--swa-start {flags['swa_start']} is after the last of {flags['epochs']} epochs")
-        if flags["amp"] is None:
-            flags["amp"] = has_bfloat16(device)
+    if state and (state["release"] != release.fingerprint or state["split"] != release.split.tolist()):
+        raise RunError(f"{path} is not what {run} began with: photos, labels or split are others. Begin a new run")
+    if flags["epochs"] is None:
+        flags["epochs"] = 250 if release.kind in ("spc", "synthetic") else 150  # paper, Sec. 4.1
+    if flags["swa_start"] is None:
+        flags["swa_start"] = int(0.8 * flags["epochs"]) + 1
+    if flags["swa_start"] > flags["epochs"]:
+        raise RunError(f"--swa-start {flags['swa_start']} is after the last of {flags['epochs']} epochs")
+    if flags["amp"] is None:
+        flags["amp"] = has_bfloat16(device)
+    if not state:
         named = [f"{flag}-{Path(str(given[flag])).name}" for flag in given if flag not in UNNAMED]
         run = Path(flags["out"] or "runs/" + "-".join([release.kind, *named, str(flags["seed"])]))
     try:
@@ -240,9 +234,12 @@ def main(argv=None):
 def fit(run, flags, release, device, state=None):
     """The recipe, from a Release to model.pt. `state` is the last.pt of a run that goes on."""
     torch.manual_seed(flags["seed"])
-    num_classes, vocabulary = [len(classes) for classes in release.tasks.values()], data.make_vocabulary(release)
+    num_classes = [len(classes) for classes in release.tasks.values()]
+    vocabulary = data.make_vocabulary(release)
     network = model.make(flags, num_classes, len(vocabulary), pretrained=not state).to(device)
-    needed = {*network.reads, *(["mask"] if flags["model"] == "clnet" else [])} - {"words"}
+    needed = set(network.reads) - {"words"}
+    if flags["model"] == "clnet" and flags["tasks"] != "class":
+        needed.add("mask")
     if not needed <= set(release.views):
         raise RunError(f"the model needs {' and '.join(sorted(needed))}; the release has {' and '.join(release.views)}")
     forward = torch.compile(network, dynamic=False) if flags["compile"] else network
@@ -255,16 +252,8 @@ def fit(run, flags, release, device, state=None):
     words = torch.from_numpy(data.as_words(release.metadata, vocabulary, len(labels))).to(device)
     train_rows = torch.from_numpy(release.rows("train"))
 
-    def criterion(outputs, inputs, rows):
-        """The total loss of these rows, and each branch's own."""
-        if flags["model"] == "clnet":
-            return clnet_loss(outputs, labels[rows], inputs["mask"])
-        if flags["loss"] == "equal":
-            return equal_loss(outputs, labels[rows])
-        return biased_loss(outputs, labels[rows], flags["w"])
-
     def save_checkpoint(epoch):
-        """All that is needed to go on after this epoch."""
+        """All that is needed to go on after this epoch; `average` and `log` are set below."""
         save(run / "last.pt", {
             "flags": flags, "release": release.fingerprint, "split": release.split.tolist(), "epoch": epoch, "log": log,
             "network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
@@ -274,12 +263,13 @@ def fit(run, flags, release, device, state=None):
         """One pass through the training lesions in a new order, augmented: (inputs, rows)."""
         for rows in batches(train_rows[torch.randperm(len(train_rows))], flags["batch_size"]):
             batch = pixels[rows.to(pixels.device)].to(device)
-            yield data.augment(batch, release.views, torch.default_generator) | {"words": words[rows]}, rows
+            inputs = data.augment(batch, release.views, torch.default_generator)
+            yield inputs | {"words": words[rows]}, rows
 
     if state:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        average, log, first = state["average"], state["log"], state["epoch"]
+        average, log, first = [mean.to(device) for mean in state["average"]], state["log"], state["epoch"]
         set_random_state(state["random"], device)
         print(f"going on with {run} after epoch {first}")
     else:
@@ -289,7 +279,7 @@ def fit(run, flags, release, device, state=None):
     print(f"{run}: {model.count_parameters(network, as_in_paper=False):,} parameters, {len(train_rows)} / "
           f"{len(release.rows('valid'))} / {len(release.rows('test'))} lesions, {flags['epochs']} epochs on {device}")
 
-    last_save, save_seconds = time.perf_counter(), 0.0
+    next_save = 0.0  # a time
     for epoch in range(first, flags["epochs"]):
         clock = time.perf_counter()
         network.train()
@@ -298,16 +288,21 @@ def fit(run, flags, release, device, state=None):
         for inputs, rows in feed():
             with autocast():
                 outputs = forward(*(inputs[name] for name in network.reads))
-                total, parts = criterion(outputs, inputs, rows)
+                if flags["model"] == "clnet":
+                    total, parts = clnet_loss(outputs, labels[rows], inputs.get("mask"))
+                elif flags["loss"] == "equal":
+                    total, parts = equal_loss(outputs, labels[rows])
+                else:
+                    total, parts = biased_loss(outputs, labels[rows], flags["w"])
             total.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(torch.stack([total.detach(), *parts.values()]))
-        losses = torch.stack(losses).cpu()  # the loop's only copy to the host
+        losses = torch.stack(losses).cpu()  # of this loop the only wait for the device
         speed = len(train_rows) * len(needed) / (time.perf_counter() - clock)
         if not losses.isfinite().all():
-            batch = int((~losses.isfinite()).any(1).nonzero()[0])
-            raise RunError(f"the loss of epoch {epoch + 1}, batch {batch + 1} is not finite. What was saved before is "
+            number = int((~losses.isfinite()).any(1).nonzero()[0]) + 1
+            raise RunError(f"the loss of epoch {epoch + 1}, batch {number} is not finite. What was saved before is "
                            "intact. Try a lower --lr or --no-amp, in another --out")
 
         if epoch + 1 >= flags["swa_start"]:
@@ -320,13 +315,12 @@ def fit(run, flags, release, device, state=None):
         shown = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name.startswith("valid"))
         print(f"epoch {epoch + 1}/{flags['epochs']}  loss {row['loss']:.3f}  {shown}  {speed:.0f} images/s", flush=True)
         # A save costs up to a second: at most 1/20 of the time goes to it, and always one after the last epoch.
-        if epoch + 1 == flags["epochs"] or time.perf_counter() - last_save > 20 * save_seconds:
-            clock = time.perf_counter()
+        if epoch + 1 == flags["epochs"] or time.perf_counter() > next_save:
+            began = time.perf_counter()
             lines = [log[0].keys(), *(row.values() for row in log)]
             evaluate.write(run / "log.csv", "\n".join(",".join(map(str, line)) for line in lines) + "\n")
             save_checkpoint(epoch + 1)
-            last_save = time.perf_counter()
-            save_seconds = last_save - clock
+            next_save = time.perf_counter() + 20 * (time.perf_counter() - began)
 
     with torch.no_grad():
         for weight, mean in zip(network.parameters(), average):

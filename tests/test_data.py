@@ -4,9 +4,6 @@ import errno
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import numpy as np
@@ -92,10 +89,19 @@ def make_isic(folder, n=40):
 
 @pytest.fixture
 def spc(release, tmp_path):
-    """A copy of the synthetic SPC that passes for a real one: 60 cases, 25 / 12 / 23."""
-    folder = shutil.copytree(release, tmp_path / "release_v0")
+    """The synthetic SPC with tables that pass for real ones, and a link to the photos: 60 cases, 25 / 12 / 23."""
+    folder = tmp_path / "release_v0"
+    shutil.copytree(release / "meta", folder / "meta")
+    (folder / "images").symlink_to(release / "images")
     rewrite(folder / "meta/meta.csv", lambda rows: [row.__setitem__(-1, "") for row in rows[1:]])
     return folder
+
+@pytest.fixture
+def spc_photos(spc, release):
+    """The same with photos of its own, to be changed."""
+    (spc / "images").unlink()
+    shutil.copytree(release / "images", spc / "images")
+    return spc
 
 def names(found):
     """The photos of a release as the colours that `photo` gave them, to tell which is which."""
@@ -118,7 +124,7 @@ def test_spc_labels_follow_the_strings(spc):
 
 @pytest.mark.parametrize("layout", ["nested", "flat", "linked", "its table"])
 def test_milk10k_in_every_layout(tmp_path, layout):
-    folder = path = make_milk(tmp_path / "milk", flat=layout == "flat")
+    folder = path = make_milk(tmp_path / "milk", 24, flat=layout == "flat")
     if layout == "linked":
         (folder / "MILK10k_Training_Input").rename(tmp_path / "elsewhere")
         (folder / "MILK10k_Training_Input").symlink_to(tmp_path / "elsewhere")
@@ -126,8 +132,8 @@ def test_milk10k_in_every_layout(tmp_path, layout):
         path = folder / "MILK10k_Training_GroundTruth.csv"
     found = data.read(path, 16)
     assert found.kind == "milk10k" and found.tasks == {"DIAG": data.MILK10K} and found.views == data.VIEWS
-    assert found.labels[:, 0].tolist() == [1, 8] * 20 and found.metadata["skin_tone_class"] == ["3"] * 40
-    for n in range(40):
+    assert found.labels[:, 0].tolist() == [1, 8] * 12 and found.metadata["skin_tone_class"] == ["3"] * 24
+    for n in range(24):
         for v in range(2):
             file, = tmp_path.rglob(f"ISIC_{2 * n + v:07}.jpg")
             assert (found.pixels[n, v] == data.decode(file, 16)).all()
@@ -154,7 +160,7 @@ def test_isic_pairs_are_made_by_the_stated_rules(tmp_path):
 
 def test_your_own_pairs(tmp_path):
     table = make_pairs(tmp_path) / "pairs.csv"
-    add(table, "split", ["train"] * 20 + ["val"] * 19 + ["TEST"])
+    add(table, "split", ["train"] * 20 + ["Valid"] * 19 + ["TEST"])
     add(table, "network", ["typical", *["absent", ""] * 19, "absent"])
     add(table, "sex", ["2"])
     for path in (tmp_path, table):
@@ -173,7 +179,7 @@ def test_to_predict_neither_labels_nor_a_split_are_needed(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "?", "NaN", "N/A", "#N/A", "<NA>", "null", "Unknown"])
 def test_unknown_texts_are_no_class(text, tmp_path):
-    table = make_pairs(tmp_path) / "pairs.csv"
+    table = make_pairs(tmp_path, 24) / "pairs.csv"
     put(table, 1, "lesion", text)
     add(table, "other", ["a", text, "b", "a", "b"])
     found = data.read(tmp_path, 16)
@@ -219,6 +225,10 @@ def test_ham10000_with_its_masks(tmp_path):
     assert (found.labels[:4, 0] == [5, 5, 4, 4]).all() and "dx_type" not in found.metadata
     assert [int(mask[0, :, 0].sum()) // 255 for mask in found.pixels[:20, 1]] == list(range(20)), "masks of other photos"
     assert data.read(tmp_path / "ham", 40).views == ("dermoscopy",)
+    for path in (tmp_path / "ham/masks").iterdir():  # 0 and 1 instead of 0 and 255
+        Image.fromarray(np.asarray(Image.open(path)) // 255).save(path)
+    with pytest.raises(DataError, match="empty masks; they must be 255 inside"):
+        data.read(tmp_path / "ham", 40, masks=True)
     (tmp_path / "ham/masks/ISIC_0000007_segmentation.png").unlink()
     with pytest.raises(DataError, match="ISIC_0000007_segmentation"):
         data.read(tmp_path / "ham", 40, masks=True)
@@ -249,7 +259,10 @@ def test_a_mask_moves_with_its_photo_and_has_no_colour():
 def test_words_are_the_same_in_every_release():
     assert data.word("age", "45.0") == data.word("age_approx", "40") == "age from 40"
     assert data.word("age", "0.0") == "age from 0"
-    assert data.word("localization", "lower extremity") == data.word("site", "Lower_Extremity") == "site lower extremity"
+    for column in ("site", "localization", "location", "anatom_site_general"):
+        assert data.word(column, "Lower_Extremity") == "site lower extremity"
+        words = data.as_words({column: ["face", "trunk"]}, ["", "begin", "site face", "site trunk"], 2)
+        assert words.tolist() == [[1, 2], [1, 3]]
 
 def test_the_vocabulary_is_learned_from_the_training_split_alone(tmp_path):
     folder = make_pairs(tmp_path, 60)
@@ -284,17 +297,17 @@ def publish(folder, monkeypatch):
         code[np.loadtxt(folder / f"meta/{split}_indexes.csv", int, skiprows=1), 8] = s
     monkeypatch.setattr(data, "PUBLISHED_SPC", hashlib.sha256(code.tobytes()).hexdigest())
 
-def test_published_is_row_by_row_and_only_warned_about_leaks(spc, monkeypatch):
-    publish(spc, monkeypatch)
-    shutil.copy(spc / "images/derm0000.jpg", spc / "images/clinic0059.jpg")
-    found = data.read(spc, 16)
+def test_published_is_row_by_row_and_only_warned_about_leaks(spc_photos, monkeypatch):
+    publish(spc_photos, monkeypatch)
+    shutil.copy(spc_photos / "images/derm0000.jpg", spc_photos / "images/clinic0059.jpg")
+    found = data.read(spc_photos, 16)
     assert found.published and any("WARNING: one photo stands for two" in note for note in found.notes)
     def swap(rows):
         rows[1], rows[3] = rows[3], rows[1]
-    rewrite(spc / "meta/meta.csv", swap)  # the same totals; the labels of the two rows differ
-    (spc / "images/clinic0059.jpg").unlink()
-    photo(spc / "images/clinic0059.jpg")
-    assert not data.read(spc, 16).published
+    rewrite(spc_photos / "meta/meta.csv", swap)  # the same totals; the labels of the two rows differ
+    (spc_photos / "images/clinic0059.jpg").unlink()
+    photo(spc_photos / "images/clinic0059.jpg")
+    assert not data.read(spc_photos, 16).published
 
 def test_split_is_scikit_learns_and_always_the_same(tmp_path):
     found = data.read(make_milk(tmp_path, 100), 16)
@@ -316,7 +329,7 @@ def test_chains_of_shared_patients_and_photos_stay_together(column, tmp_path):
     assert len(set(found.split[:6])) == 1, "one photo in two splits"
     assert all(len(set(found.split[3 * p:3 * p + 3])) == 1 for p in range(10)), "one patient in two splits"
     assert len(set(found.split[30:])) == 3, "lesions of unknown patients are not one patient's"
-    assert any("in c3.png d3.png and c2.png d2.png (1" in note for note in found.notes)
+    assert any("in c2.png d2.png and c3.png d3.png (1" in note for note in found.notes)
 
 def comment(folder, source, target):
     """The same pixels in other bytes: a JPEG with a comment."""
@@ -326,14 +339,14 @@ def comment(folder, source, target):
     (folder / "images" / target).write_bytes(new)
 
 @pytest.mark.parametrize("target, says", [
-    ("clinic0059.jpg", ""), ("clinic0001.jpg", "in 2 and 1 (1"), ("clinic0000.jpg", "in 1 and 1 (1")])
-def test_identical_photos_are_found_by_their_pixels(target, says, spc):
-    comment(spc, "derm0000.jpg", target)  # lesions 1 and 2 are trained on, lesion 60 is tested
+    ("clinic0059.jpg", ""), ("clinic0001.jpg", "in 1 and 2 (1"), ("clinic0000.jpg", "in 1 and 1 (1")])
+def test_identical_photos_are_found_by_their_pixels(target, says, spc_photos):
+    comment(spc_photos, "derm0000.jpg", target)  # lesions 1 and 2 are trained on, lesion 60 is tested
     if says:
-        assert any(f"one photo stands for two, {says}" in note for note in data.read(spc, 16).notes)
+        assert any(f"one photo stands for two, {says}" in note for note in data.read(spc_photos, 16).notes)
     else:
         with pytest.raises(DataError, match=r"photo in two splits.*60 \(test\) and 1 \(train\)"):
-            data.read(spc, 16)
+            data.read(spc_photos, 16)
 
 # --------------------------------------------------------------------------------------------------- bad input, refused
 
@@ -365,27 +378,28 @@ REFUSED = {  # what is wrong -> (the release, what is done to it, what the messa
     "negative index": ("spc", index("valid", "-1"), "valid_indexes.csv line 3: '-1' is no row"),
     "overlapping splits": ("spc", index("test", "3"), "test_indexes.csv line 3: '3' .*in a split already"),
     "no split file": ("spc", lambda f: (f / "meta/test_indexes.csv").unlink(), "test_indexes.csv: cannot be read"),
-    "nothing to learn": ("spc", lambda f: [put(f / META, n, "blue_whitish_veil", "absent") for n in range(1, 61)],
+    "nothing to learn": ("spc", lambda f: [put(f / META, n, "blue_whitish_veil", "absent") for n in range(1, 26)],
                          "BWV has fewer than two classes"),
-    "missing photos": ("spc", lambda f: [(f / f"images/{name}.jpg").unlink() for name in ("clinic0001", "derm0050")],
+    "missing photos": ("spc_photos", lambda f: [(f / f"images/{name}.jpg").unlink() for name in ("clinic0001", "derm0050")],
                        "(?s)clinic0001.jpg: .*No such file.*\n.*derm0050.jpg: .*No such file"),
-    "no photo": ("spc", lambda f: edit(f / "images/derm0007.jpg", lambda b: b"<html>"), "derm0007.jpg: cannot"),
-    "truncated": ("spc", lambda f: edit(f / "images/derm0007.jpg", lambda b: b[:999]), "derm0007.jpg: .*truncated"),
+    "no photo": ("spc_photos", lambda f: edit(f / "images/derm0007.jpg", lambda b: b"<html>"), "derm0007.jpg: cannot"),
+    "truncated": ("spc_photos", lambda f: edit(f / "images/derm0007.jpg", lambda b: b[:999]), "derm0007.jpg: .*truncated"),
     "two classes": ("milk", mark("BCC", "NV"), "GroundTruth.csv line 3: each lesion needs one row with one"),
     "no class": ("milk", mark(), "GroundTruth.csv line 3: each lesion needs one row with one"),
     "a further class": ("milk", lambda f: add(f / TRUTH, "OTHER", ["0.0"]), "one of MILK10k's 11 classes"),
-    "lesion twice": ("milk", lambda f: rewrite(f / TRUTH, lambda r: r.append(r[2])), "line 42: each lesion"),
+    "lesion twice": ("milk", lambda f: rewrite(f / TRUTH, lambda r: r.append(r[2])), "line 26: each lesion"),
     "two ground truths": ("milk", lambda f: shutil.copy(f / TRUTH, f / "New_GroundTruth.csv"), "several tables"),
     "a photo twice": ("milk", lambda f: photo(f / "masks/ISIC_0000006.png"), "photos have one name.*ISIC_0000006"),
-    "no pairs": ("isic", lambda f: [put(f / "metadata.csv", n, "image_type", "dermoscopic") for n in range(1, 81)],
+    "no pairs": ("isic", lambda f: edit(f / "metadata.csv", lambda b: b.replace(b"clinical: close-up", b"dermoscopic")),
                  "no lesion with all its photos"),
     "strange split": ("own", lambda f: add(f / OWN, "split", ["train", "holdout"]), "line 3: split is 'holdout'"),
     "no test": ("own", lambda f: add(f / OWN, "split", ["train", "train", "valid"]), "no lesion in test"),
     "patient in two splits": ("own", two_splits, r"in two splits.*d2.png \(test\) and c1.png.*\(valid\)"),
-    "lesion twice in own": ("own", lambda f: rewrite(f / OWN, lambda r: r.append(r[1])), "2 lesions are called c0.png"),
+    "lesion twice in own": ("own", lambda f: rewrite(f / OWN, lambda r: r.append(r[1])), "several lesions are called c0.png"),
+    "no photo named": ("own", lambda f: put(f / OWN, 2, "dermoscopy", ""), "line 3: no dermoscopy photo"),
     "a column twice": ("own", lambda f: add(f / OWN, "Lesion ", ["a"]), "two columns of one name"),
     "open quotation mark": ("own", lambda f: edit(f / OWN, lambda b: b + b'"c3.png,d3.png,a\r\n'), "cannot be read"),
-    "names for classes": ("own", lambda f: add(f / OWN, "who", [f"name{n}" for n in range(40)]), "who: 40 classes"),
+    "names for classes": ("own", lambda f: add(f / OWN, "who", [f"name{n}" for n in range(24)]), "who: 24 classes"),
     "a / in a task": ("own", lambda f: add(f / OWN, "a/b", ["x", "y"]), "a / in the name"),
     "too few to split": ("own", lambda f: rewrite(f / OWN, lambda r: r.__delitem__(slice(9, None))), "fewer than 10"),
 }
@@ -396,10 +410,10 @@ REFUSED |= {f"classes {one!r} and {other!r}": (
 @pytest.mark.parametrize("what", REFUSED)
 def test_bad_releases_are_refused_in_a_clear_sentence(what, request, tmp_path):
     kind, damage, says = REFUSED[what]
-    if kind == "spc":
-        folder = request.getfixturevalue("spc")
+    if kind in ("spc", "spc_photos"):
+        folder = request.getfixturevalue(kind)
     else:
-        folder = {"milk": make_milk, "isic": make_isic, "own": make_pairs}[kind](tmp_path / "release")
+        folder = {"milk": make_milk, "isic": make_isic, "own": make_pairs}[kind](tmp_path / "release", 24)
     damage(folder)
     with pytest.raises(DataError, match=says):
         data.read(folder, 16)
@@ -492,24 +506,16 @@ def test_cache_is_decoded_once_and_found_by_content(tmp_path, monkeypatch):
     assert len(decoded) == 160 and changed.pixels[5, 1].max() < 9 and changed.fingerprint != first.fingerprint
     assert data.read(tmp_path, 20).pixels.shape[2] == 20
 
-def test_a_killed_run_leaves_nothing_that_is_used_and_the_next_run_tidies_up(tmp_path, monkeypatch):
-    file, = [path for _ in [data.read(make_pairs(tmp_path), 16)] for path in tmp_path.glob("runs/cache/*")]
-    expected = file.read_bytes()
-    file.unlink()
-    killed, alive, ended = [file.with_name(f"{file.name}.{n}.tmp") for n in range(3)]
-    killed.write_bytes(b"half")
-    alive.write_bytes(b"half")
-    ended.symlink_to("gone")  # another run ends at the very moment we look at its file
-    os.utime(killed, (time.time() - 100,) * 2)
-    def die(source, target):
+def test_a_stopped_run_leaves_nothing(tmp_path, monkeypatch):
+    def stop(source, target):
         raise KeyboardInterrupt
+    make_pairs(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", die)
+        patch.setattr(os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
             data.read(tmp_path, 16)
-    assert not file.exists() and alive.exists() and not killed.exists() and len(list(file.parent.iterdir())) == 2
-    data.read(tmp_path, 16)
-    assert file.read_bytes() == expected and alive.exists()
+    assert not list(tmp_path.glob("runs/cache/*"))
+    assert len(data.read(tmp_path, 16).pixels) == 40
 
 def test_full_disk_and_unwritable_cache_are_one_sentence(tmp_path, monkeypatch, capsys):
     def full(file, pixels):
@@ -522,18 +528,15 @@ def test_full_disk_and_unwritable_cache_are_one_sentence(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         data.speak(lambda: data.read(tmp_path, 16), DataError)
     text = capsys.readouterr().err
-    assert stop.value.code == 2 and text.count("cannot be written") == 2 and "No space left" in text
+    assert stop.value.code == 2 and "file/cache" in text and "No space left" in text
     assert not list(tmp_path.glob("runs/cache/*"))
 
-def test_ctrl_c_and_head(release, capsys):
+def test_ctrl_c(capsys):
     def stop():
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as stopped:
         data.speak(stop)
     assert stopped.value.code == 130 and capsys.readouterr().err.endswith("stopped\n")
-    command = f"{sys.executable} {data.__file__} {release} | head -n 1"
-    ended = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert "synthetic, 60 lesions" in ended.stdout and ended.stderr == "decoding 120 photos\n"
 
 # ----------------------------------------------------------------------------------------------- pairs and augmentation
 
@@ -584,15 +587,15 @@ def map_and_light(pictures):
     brightness = low - 80 * contrast
     place = (x[:, :2] - brightness.view(-1, 1, 1, 1)) / contrast.view(-1, 1, 1, 1)
     place = (place - 120) / 40  # from -1 to 1
-    side = (torch.arange(64) * 2 + 1) / 64 - 1
+    side = (torch.arange(40) * 2 + 1) / 40 - 1
     v, u = torch.meshgrid(side, side, indexing="ij")
     near = (u.abs() < 0.3) & (v.abs() < 0.3)  # what comes from there is never reflected
     known = torch.stack((u[near], v[near], torch.ones(int(near.sum()))), 1)
     return place[:, :, near] @ torch.linalg.pinv(known).mT, contrast, brightness / 255
 
 def test_each_step_of_the_papers_augmentation_occurs_with_its_probability_and_range():
-    side = (torch.arange(64) * 2 + 1) / 64 - 1
-    pixels = torch.empty(1, 2, 64, 64, 3)
+    side = (torch.arange(40) * 2 + 1) / 40 - 1
+    pixels = torch.empty(1, 2, 40, 40, 3)
     pixels[..., 0], pixels[..., 1] = 120 + 40 * side, 120 + 40 * side[:, None]
     pixels[..., 2] = 80 + 80 * (side > 0)
     n = 1000
@@ -673,8 +676,8 @@ def test_masks_lie_on_the_lesions(release):
     here, right, left = np.mean(overlaps, 0)
     assert here > 0.9 and here > max(left, right) + 0.03
 
-def test_main_reports_and_draws_a_contact_sheet(release, tmp_path, capsys):
-    data.main([str(release)])
-    assert "PN           ATP" in capsys.readouterr().out
-    with Image.open(tmp_path / "runs/spc-contact-sheet.png") as sheet:
-        assert sheet.size == (8 * 128, 24 * 128)
+def test_main_reports_and_draws_a_contact_sheet(pairs, tmp_path, capsys):
+    data.main([str(pairs)])
+    assert "veil         present" in capsys.readouterr().out
+    with Image.open(tmp_path / "runs/pairs-contact-sheet.png") as sheet:
+        assert sheet.size == (8 * 128, 5 * 128)

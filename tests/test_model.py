@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import backbones
-from conftest import close, randomise
+from conftest import close, randomise, undrawn
 from loss import biased_loss
 from model import AMMFM, CLNet, GuidedAttention, MAT, PEMM, OneModality, SelfAttention, count_parameters
 
@@ -22,15 +22,9 @@ COUNTS = {  # 24 outputs; encoder, one modality, baseline, PS, PS + CA, PEMM, PE
 SPC_CLASSES = (5, 3, 3, 3, 2, 3, 2, 3)
 
 
-@pytest.fixture(autouse=True)
-def quick_start(monkeypatch):
-    """Initial values truncated at 100 deviations are those that are not, and take several times as long to draw."""
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", torch.nn.init.normal_)
-
-
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_parameter_of_the_paper_is_accounted_for(name):
-    with torch.device("meta"):  # shapes without numbers
+    with undrawn(), torch.device("meta"):  # shapes without numbers
         found = [count_parameters(variant(name, SPC_CLASSES)) for variant in VARIANTS]
         encoder = backbones.build(name)
     assert (count_parameters(encoder), *found) == COUNTS[name]
@@ -39,7 +33,7 @@ def test_every_parameter_of_the_paper_is_accounted_for(name):
 
 @pytest.mark.parametrize("name, millions", [("swin_v2_t", "28.81 58.48 31.11"), ("convnext_t", "29.05 58.95 31.35")])
 def test_two_outputs_of_table_9(name, millions):
-    with torch.device("meta"):
+    with undrawn(), torch.device("meta"):
         found = [count_parameters(VARIANTS[row](name, (2,))) for row in (0, 1, 4)]
     assert " ".join(f"{count / 1e6:.2f}" for count in found) == millions
 
@@ -47,7 +41,7 @@ def test_two_outputs_of_table_9(name, millions):
 def small(**switches):
     """PEMM on the smallest encoder, every parameter random, so every attention open."""
     torch.manual_seed(0)
-    return randomise(PEMM("convnext_atto", (3, 2), **switches)).double().eval()
+    return randomise(PEMM("convnext_mini", (3, 2), **switches)).double().eval()
 
 
 def photos(B=2):
@@ -86,8 +80,8 @@ def test_with_open_attention_every_branch_reads_both(fusion, reading):
 
 def test_a_new_attention_changes_nothing():
     torch.manual_seed(0)
-    model = PEMM("convnext_atto", (3, 2)).double().eval()
-    plain = PEMM("convnext_atto", (3, 2), fusion="concat").double().eval()
+    model = PEMM("convnext_mini", (3, 2)).double().eval()
+    plain = PEMM("convnext_mini", (3, 2), fusion="concat").double().eval()
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if "attentions" not in key})
     pair = photos()
     assert_same(model(*pair), plain(*pair))
@@ -108,11 +102,12 @@ def test_every_other_backbone_makes_a_pemm(name):
     assert [z.shape for z in outputs["fusion"]] == [(1, 3), (1, 2)]
 
 
-@pytest.mark.parametrize("name, one_batch", [("convnext_atto", True), ("resnet50", False), ("densenet201", False)])
-def test_batch_norm_never_mixes_the_modalities(name, one_batch):
-    with torch.device("meta"):
-        assert PEMM(name).one_batch == one_batch
-        assert not PEMM(name, encoder="separate").one_batch
+@pytest.mark.parametrize("name, encoder, one_batch", [
+    ("convnext_mini", "shared", True), ("convnext_mini", "separate", False), ("resnet50", "shared", False),
+    ("densenet201", "shared", False)])
+def test_batch_norm_never_mixes_the_modalities(name, encoder, one_batch):
+    with undrawn(), torch.device("meta"):
+        assert PEMM(name, encoder=encoder).one_batch == one_batch
 
 
 @pytest.mark.parametrize("w, learns", [(0.0, False), (0.1, True)])
@@ -143,7 +138,7 @@ def test_separate_encoders_see_a_photo_each():
 
 @pytest.mark.parametrize("modality", ["clinical", "dermoscopy"])
 def test_one_modality_looks_at_one_photo(modality):
-    model = OneModality("convnext_atto", (3, 2), modality=modality).double().eval()
+    model = OneModality("convnext_mini", (3, 2), modality=modality).double().eval()
     assert model.reads == (modality,) and list(model(photos()[0])) == [modality]
 
 
@@ -157,13 +152,13 @@ def test_a_single_pair_is_evaluated_and_refused_in_training():
 @pytest.mark.parametrize("switch", ["encoder", "fusion", "classifiers"])
 def test_unknown_switches_are_refused(switch):
     with pytest.raises(ValueError, match="'none': choose"):
-        PEMM("convnext_atto", **{switch: "none"})
+        PEMM("convnext_mini", **{switch: "none"})
 
 
 # ----------------------------------------------------------------------------------------------- AMMFM, MAT and CLNet
 
 
-def asymmetric(backbone="convnext_atto", clinical_backbone="convnext_atto", opened=True):
+def asymmetric(backbone="convnext_mini", clinical_backbone="convnext_mini", opened=True):
     torch.manual_seed(0)
     network = AMMFM(backbone, clinical_backbone, (3, 2))
     if opened:
@@ -179,18 +174,18 @@ def test_ammfm_reads_clinical_into_dermoscopy_and_nothing_back():
 
 def test_a_new_ammfm_is_two_encoders_side_by_side():
     model, (clinical, dermoscopy) = asymmetric(opened=False), photos()
-    c = model.clinical_encoder.pool(model.clinical_encoder(clinical)[-1])
-    d = model.dermoscopy_encoder.pool(model.dermoscopy_encoder(dermoscopy)[-1])
-    assert_same(model(clinical, dermoscopy), {"clinical": model.clinical_classifier(c), "dermoscopy": model.dermoscopy_classifier(d),
+    c = model.encoders[0].pool(model.encoders[0](clinical)[-1])
+    d = model.encoders[1].pool(model.encoders[1](dermoscopy)[-1])
+    assert_same(model(clinical, dermoscopy), {"clinical": model.classifiers[0](c), "dermoscopy": model.classifiers[1](d),
                                               "fusion": model.fusion_classifier(torch.cat((c, d), 1))})
 
 
 @pytest.mark.parametrize("backbone", ["swin_v2_t", "convnext_t", "resnet50"])
 def test_ammfm_takes_encoders_of_other_widths_and_is_smaller_than_two(backbone):
-    with torch.device("meta"):
-        model = AMMFM(backbone, "mobilenet_v2")
-        assert count_parameters(model) < count_parameters(PEMM(backbone, **BASELINE))
-        assert model(*torch.randn(2, 2, 3, 75, 117))["fusion"][0].shape == (2, 5)
+    with undrawn(), torch.device("meta"):
+        model, baseline = AMMFM(backbone, "mobilenet_v2"), PEMM(backbone, **BASELINE)
+    assert count_parameters(model) < count_parameters(baseline)
+    assert model(*torch.randn(2, 2, 3, 75, 117, device="meta"))["fusion"][0].shape == (2, 5)
 
 
 def test_self_attention_is_torchs_encoder_layer():
@@ -227,7 +222,7 @@ def test_guided_attention_by_hand():
 
 def transformer(unit):
     torch.manual_seed(0)
-    return randomise(MAT("convnext_atto", (3, 2), 9, unit=unit, width=32)).double().eval()
+    return randomise(MAT("convnext_mini", (3, 2), 9, unit=unit, width=32)).double().eval()
 
 
 UNITS = ("none", "sa-sa", "sa-sga", "sga-sa", "sga-sga")
@@ -265,11 +260,12 @@ def test_who_is_guided_by_whom(unit, guided, monkeypatch):
     assert (by_image is not None and bool(by_image.any())) == ("words" in guided)
 
 
-@pytest.mark.parametrize("backbone", ["convnext_atto", "mobilenet_v2", "swin_t"])
+@pytest.mark.parametrize("backbone", ["convnext_mini", "mobilenet_v2", "swin_t"])
 @pytest.mark.parametrize("learns, branches", [("both", ["dermoscopy", "mask"]), ("class", ["dermoscopy"]), ("mask", ["mask"])])
 def test_clnet_answers_at_odd_sizes(backbone, learns, branches):
-    with torch.device("meta"):
-        outputs = CLNet(backbone, (7, 2), learns=learns)(torch.randn(2, 3, 75, 117))
+    with undrawn(), torch.device("meta"):
+        model = CLNet(backbone, (7, 2), learns=learns)
+    outputs = model(torch.randn(2, 3, 75, 117, device="meta"))
     assert list(outputs) == branches
     assert "mask" not in branches or outputs["mask"].shape == (2, 1, 75, 117)
     assert "dermoscopy" not in branches or [z.shape for z in outputs["dermoscopy"]] == [(2, 7), (2, 2)]
@@ -278,7 +274,7 @@ def test_clnet_answers_at_odd_sizes(backbone, learns, branches):
 def test_clnets_halves_hear_of_each_other():
     """Each answer depends on both encoders; the first layer of the decoder only on the mask's loss."""
     torch.manual_seed(0)
-    model = CLNet("convnext_atto", (3,)).double().eval()
+    model = CLNet("convnext_mini", (3,)).double().eval()
     outputs = model(photos()[0])
     for branch in ("dermoscopy", "mask"):
         model.zero_grad()
@@ -290,7 +286,7 @@ def test_clnets_halves_hear_of_each_other():
 def test_a_mask_lies_where_its_photo_does():
     """A flipped photo gives a flipped mask: the decoder neither turns nor shifts."""
     torch.manual_seed(0)
-    model = CLNet("convnext_atto", (3,), learns="mask").double().eval()
+    model = CLNet("convnext_mini", (3,), learns="mask").double().eval()
     for parameter in model.parameters():
         if parameter.dim() == 4 and parameter.shape[-1] > 1:  # symmetric kernels commute with a flip
             parameter.data = (parameter.data + parameter.data.flip(-1)) / 2
