@@ -3,7 +3,6 @@
     release = read("release_v0", size=224)      # its kind is found from its contents; photos are decoded once
     inputs = augment(torch.from_numpy(release.pixels[rows]), release.views, generator)      # view -> (B, 3, 224, 224)
 
-The readers below say what is read of each kind of release; `pairs` is your own CSV file.
 Shapes: N lesions, V pictures of a lesion, T tasks, B lesions of a batch, S the side of the square photos.
 Run `python data.py PATH` to see what is in a release.
 """
@@ -107,7 +106,12 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
     patients = [row.get("patient_id") or row.get("patient", "") for row in rows]
     metadata = {column: [row[column] for row in rows] for column in METADATA if column in rows[0]}
     split = np.array([row["split"] for row in rows])
-    labels = number_labels(rows, tasks)
+    labels = np.empty((len(rows), len(tasks)), int)
+    for t, (task, classes) in enumerate(tasks.items()):
+        names = ["", *classes]  # an empty label, number 0, becomes -1
+        wrong = [f"{row['where']} {row[task]!r}" for row in rows if row[task] not in names]
+        require(not wrong, f"{task} is none of {', '.join(classes)}; correct or empty it: {listed(wrong)}")
+        labels[:, t] = [names.index(row[task]) - 1 for row in rows]
     code = np.column_stack([labels, [(*SPLITS, "").index(name) for name in split]]).astype(np.int8)
     published = hashlib.sha256(code.tobytes()).hexdigest() == PUBLISHED_SPC
 
@@ -125,16 +129,6 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
     if to_train:
         check(release, path)
     return release
-
-def number_labels(rows, tasks):
-    """The number of each lesion's class in each task, (N, T); -1 is unknown."""
-    labels = np.empty((len(rows), len(tasks)), int)
-    for t, (task, classes) in enumerate(tasks.items()):
-        names = ["", *classes]  # an empty label, number 0, becomes -1
-        wrong = [f"{row['where']} {row[task]!r}" for row in rows if row[task] not in names]
-        require(not wrong, f"{task} is none of {', '.join(classes)}; correct or empty it: {listed(wrong)}")
-        labels[:, t] = [names.index(row[task]) - 1 for row in rows]
-    return labels
 
 # ------------------------- the readers: kind, folder of photos, views, tasks, rows (case, split, photos, labels), notes
 
@@ -464,8 +458,7 @@ def synthesize(folder, cases=1011, height=256, seed=0):
             Image.fromarray(picture).save(temporary / "images" / name, quality=92)
         labels = [rng.choice(classes[signs[task]]) for task, (_, classes) in SPC.items()]  # one of the class's strings
         table.append([10_000 * seed + n + 1, *names[:2], *labels, rng.choice(["female", "male"]), "synthetic"])
-    with open(temporary / "meta/meta.csv", "w", newline="") as file:
-        csv.writer(file).writerows(table)
+    np.savetxt(temporary / "meta/meta.csv", table, "%s", ",")
     ends = [round(cases * 413 / 1011), round(cases * 616 / 1011)]  # the published shares
     for split, numbers in zip(SPLITS, np.split(np.arange(cases), ends)):
         np.savetxt(temporary / f"meta/{split}_indexes.csv", numbers, "%d", header="indexes", comments="")
@@ -531,8 +524,6 @@ def draw_lesion(signs, rng, height):
     blurred = np.asarray(Image.fromarray(wide).resize((W, H)).filter(ImageFilter.GaussianBlur(0.015 * H)))
     clinical = blurred * (rng.uniform(0.85, 1.05) + 0.2 * noise(2)[..., None]) + rng.normal(0, 5, image.shape)
     return clinical.clip(0, 255).astype(np.uint8), dermoscopy, np.uint8(255 * (depth > 0))
-
-# ----------------------------------------------------------------------------------------------------------- the report
 
 def speak(main, *mendable):
     """Runs main(). What a user can mend ends in one sentence and exit code 2, Ctrl-C in 130."""

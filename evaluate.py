@@ -531,10 +531,8 @@ def main(argv=None):
         raise RunError(f"{', '.join(runs)} have different lesions; look at them one by one")
     if args.compare_paper and (args.data or not saved[0]["published"]):
         raise RunError("--compare-paper: the figures are of a run on the published derm7pt, and of its own lesions")
-    if args.data:
-        found = [evaluate_new(run, args.data, args.cache, device, args.rule) for run in runs]
-    else:
-        found = [evaluate_run(run, rule=args.rule) for run in runs]
+    found = [evaluate_new(run, args.data, args.cache, device, args.rule) if args.data
+             else evaluate_run(run, rule=args.rule) for run in runs]
     results, p = found[0]
     if results and len(args.runs) > 1:
         print_groups(saved[:len(args.runs)], [each for each, _ in found])

@@ -47,13 +47,11 @@ class Classifier(nn.Module):
 class PEMM(nn.Module):
     """The network of Fig. 2.
 
-    backbone      a name of backbones.BACKBONES
-    num_classes   classes of each task
-    weights       what backbones.build takes: "none" (random), "imagenet" or a path
-    encoder       "shared" or "separate"
-    fusion        "sca", "ca" or "concat"
-    classifiers   "separate" or "shared" (clinical with dermoscopy; fusion always has its own)
-    reading       what crosses in the attention, "cross" or "swapped": see shared_attention.py
+    backbone, weights       what backbones.build takes: a name of BACKBONES; "none" (random), "imagenet" or a path
+    num_classes             classes of each task
+    encoder, fusion         see the top of the file
+    classifiers             "separate" or "shared" (clinical with dermoscopy; fusion always has its own)
+    reading                 what crosses in the attention, "cross" or "swapped": see shared_attention.py
 
     In training B must be 2 or more, for the batch norm.
     """

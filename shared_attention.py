@@ -30,8 +30,8 @@ def plain_attention(q, k, v, scale):
 def tokens(x):
     return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
 
-def map_of(x, like):
-    return x.transpose(1, 2).view(like.shape)  # (B, N, C) -> (B, C, H, W)
+def refined(x, q, k, v, scale):
+    return x + attend(q, k, v, scale).transpose(1, 2).view(x.shape)  # what was read, (B, N, C) -> (B, C, H, W)
 
 class Projections(nn.Module):
     """The three convolutions of Fig. 3. On tokens, a 1x1 convolution is a linear layer."""
@@ -61,32 +61,30 @@ class CrossAttention(nn.Module):
 
     def project(self, clinical, dermoscopy):
         """The (q, k, v) that refine the clinical map, and the (q, k, v) that refine the dermoscopy map."""
-        c, d = tokens(clinical), tokens(dermoscopy)
-        q_c, k_c, v_c = self.projections[0](c, c)
-        q_d, k_d, v_d = self.projections[-1](d, d)  # if shared, the same projections
+        x_c, x_d = tokens(clinical), tokens(dermoscopy)
+        q_c, k_c, v_c = self.projections[0](x_c, x_c)
+        q_d, k_d, v_d = self.projections[-1](x_d, x_d)  # if shared, the same projections
         if self.reading == "cross":
             return (q_c, k_d, v_d), (q_d, k_c, v_c)
         return (q_d, k_d, v_c), (q_c, k_c, v_d)
 
     def forward(self, clinical, dermoscopy):
         for_clinical, for_dermoscopy = self.project(clinical, dermoscopy)
-        return (clinical + map_of(attend(*for_clinical, self.scale), clinical),
-                dermoscopy + map_of(attend(*for_dermoscopy, self.scale), dermoscopy))
+        return refined(clinical, *for_clinical, self.scale), refined(dermoscopy, *for_dermoscopy, self.scale)
 
     def attention_at(self, clinical, dermoscopy, row, column):
         """Where each reads for its place (row, column): (B, H, W) of the other photo, or in "swapped" of its own."""
-        (q_1, k_1, _), (q_2, k_2, _) = self.project(clinical, dermoscopy)  # refine clinical; refine dermoscopy
+        for_clinical, for_dermoscopy = self.project(clinical, dermoscopy)
         place = row * clinical.shape[3] + column
-        return {"clinical": attention_of(q_1[:, place], k_1, self.scale, dermoscopy),
-                "dermoscopy": attention_of(q_2[:, place], k_2, self.scale, clinical)}
+        return {"clinical": attention_of(place, *for_clinical, self.scale, dermoscopy),
+                "dermoscopy": attention_of(place, *for_dermoscopy, self.scale, clinical)}
 
-def attention_of(query, k, scale, source):
-    scores = k @ query[:, :, None] * scale  # (B, N, d), one query an image (B, d) -> (B, N, 1)
+def attention_of(place, q, k, _, scale, source):
+    scores = k @ q[:, place, :, None] * scale  # (B, N, d), one query an image (B, d, 1) -> (B, N, 1)
     return scores.softmax(1).view(len(k), *source.shape[2:])  # (B, H, W)
 
 class AsymmetricAttention(nn.Module):
-    """That of AMMFM, "Pay less on clinical images": dermoscopy reads clinical, nothing flows back. Its abstract says no
-    more; the rest is ours, and as in PEMM. The two maps may differ in channels and in size."""
+    """AMMFM's: dermoscopy reads clinical, nothing flows back. The two maps may differ in channels and in size."""
 
     def __init__(self, clinical_channels, dermoscopy_channels):
         super().__init__()
@@ -95,11 +93,12 @@ class AsymmetricAttention(nn.Module):
 
     def forward(self, clinical, dermoscopy):
         q, k, v = self.projections(tokens(dermoscopy), tokens(clinical))
-        return clinical, dermoscopy + map_of(attend(q, k, v, self.scale), dermoscopy)
+        return clinical, refined(dermoscopy, q, k, v, self.scale)
 
     def attention_at(self, clinical, dermoscopy, row, column):
-        q, k, _ = self.projections(tokens(dermoscopy), tokens(clinical))
-        return {"dermoscopy": attention_of(q[:, row * dermoscopy.shape[3] + column], k, self.scale, clinical)}
+        for_dermoscopy = self.projections(tokens(dermoscopy), tokens(clinical))
+        place = row * dermoscopy.shape[3] + column
+        return {"dermoscopy": attention_of(place, *for_dermoscopy, self.scale, clinical)}
 
 # --------------------------------------------------------- the method is complete above; from here on it is about speed
 
@@ -117,8 +116,7 @@ def attend(q, k, v, scale):
     return BlockedAttention.apply(q, k * scale, v)
 
 class BlockedAttention(torch.autograd.Function):
-    """softmax(q k^T) v, some queries of an image at a time. The backward pass computes the weights again: to keep them
-    would take 39 MB an image at 56 x 56."""
+    """softmax(q k^T) v, in parts. backward computes the weights again: to keep them takes 39 MB an image at 56 x 56."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -132,8 +130,8 @@ class BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         q, k, v, out = ctx.saved_tensors
-        # P = softmax(S), S = q k^T: softmax's gradient is dS = P * (dP - rowsum(P * dP)), with dP = grad v^T.
-        # And rowsum(P * dP) = rowsum(grad * out), because out = P v.
+        # S = q k^T, P = softmax(S), out = P v. Then dP = grad v^T, and softmax gives dS = P * (dP - rowsum(P * dP)).
+        # That row sum needs no P: rowsum(P * dP) = rowsum(grad * out).
         row_sums = (grad * out).sum(-1, keepdim=True)  # (B, N, 1)
         wide = torch.promote_types(q.dtype, torch.float32)  # sums over blocks of bfloat16 are kept in float32
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)

@@ -5,7 +5,7 @@ from torch import nn
 
 import shared_attention
 from conftest import close, randomise
-from shared_attention import AsymmetricAttention, CrossAttention, attend, map_of, plain_attention, tokens
+from shared_attention import AsymmetricAttention, CrossAttention, attend, plain_attention, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,10 @@ def repeatable_and_on_one_thread():
 def opened(module):
     """The module, with value projections that are no longer zero."""
     return randomise(module.double(), spread=0.2)
+
+
+def map_of(x, like):
+    return x.transpose(1, 2).view(like.shape)  # (B, N, C) -> (B, C, H, W)
 
 
 def maps(B=3, C=16, H=5, W=4):
