@@ -3,7 +3,7 @@
     python evaluate.py RUN                    the tables of a run, from the files in its folder
     python evaluate.py RUN --data NEW         another release: all of its lesions that the run has not learned
     python evaluate.py RUN RUN ...            mean and standard deviation; other flags than the seed side by side
-    python evaluate.py RUN --against OTHER    is the difference more than chance?
+    python evaluate.py RUN ... --against OTHER ...    is the difference of their means more than chance?
     python evaluate.py RUN --compare-paper    the figures of the PEMM paper beside ours
     python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg        one lesion; one photo will do
 
@@ -183,11 +183,15 @@ def bootstrap(probabilities, labels, tasks):
 def interval(samples):
     return np.percentile(samples[:, 1:].mean(0).compressed(), (2.5, 97.5)).tolist()  # the middle 95% of the mean
 
-def difference(p, other):
-    """Paired bootstrap of two runs' answers on the same test lesions: mean -> [difference, low, high]."""
-    test = p.split == "test"
-    ours, theirs = (bootstrap(answer_of(each.branches)[test], p.labels[test], p.tasks) for each in (p, other))
-    gaps = {name: ours[name] - theirs[name] for name in ours}
+def difference(ours, theirs):
+    """Paired bootstrap of the answers of some runs and some others on the same test lesions, each metric averaged over
+    the runs: mean -> [difference, low, high]. The lesions are drawn anew, the seeds are not."""
+    gaps = defaultdict(int)
+    for group, sign in ((ours, 1), (theirs, -1)):
+        for p in group:
+            test = p.split == "test"
+            for name, samples in bootstrap(answer_of(p.branches)[test], p.labels[test], p.tasks).items():
+                gaps[name] += sign * samples / len(group)
     return {name: [float(gap[:, 0].mean()), *interval(gap)] for name, gap in gaps.items()}
 
 def calibration_error(probabilities, labels, tasks):
@@ -514,7 +518,7 @@ def main(argv=None):
     add("--device", help="where to predict [cuda, else mps, else cpu]")
     add("--rule", default="near", choices=["near", "maximum"], help="how weights are chosen, see search_weights")
     add("--compare-paper", action="store_true", help="the paper's figures beside ours, on the published derm7pt")
-    add("--against", nargs=1, default=[], metavar="OTHER", help="paired bootstrap of the difference from this run")
+    add("--against", nargs="+", default=[], metavar="OTHER", help="paired bootstrap of the difference from these runs")
     for view in data.VIEWS:
         add(f"--{view}", metavar="PHOTO", help="a photo of one lesion")
     add("--about", nargs="+", default=[], metavar="WORD", help="one lesion: its patient, such as age=45 sex=female")
@@ -533,15 +537,16 @@ def main(argv=None):
         raise RunError("--compare-paper: the figures are of a run on the published derm7pt, and of its own lesions")
     found = [evaluate_new(run, args.data, args.cache, device, args.rule) if args.data
              else evaluate_run(run, rule=args.rule) for run in runs]
-    results, p = found[0]
+    results, _ = found[0]
     if results and len(args.runs) > 1:
         print_groups(saved[:len(args.runs)], [each for each, _ in found])
     elif results:
         print_tables(results, args.compare_paper)
     if results and results["test"] and args.against:
-        for name, values in difference(p, found[-1][1]).items():
+        ours, theirs = [p for _, p in found[:len(args.runs)]], [p for _, p in found[len(args.runs):]]
+        for name, values in difference(ours, theirs).items():
             gap, low, high = (f"{100 * value:+.1f}" for value in values)
-            print(f"{MEANS[name]}: {runs[0]} - {runs[-1]} = {gap} points, 95% interval {low} to {high}")
+            print(f"{MEANS[name]}: RUN - OTHER = {gap} points, 95% interval {low} to {high}")
     return results
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_resamples_that_lack_a_class_are_counted(tmp_path, capsys):
 def test_paired_difference():
     labels, branches = made(120)
     p, other = (predictions(labels, {"fusion": branches[branch]}) for branch in ("fusion", "clinical"))
-    values = evaluate.difference(p, other)["mean_accuracy"]
+    values = evaluate.difference([p], [other])["mean_accuracy"]
     test = labels[60:]
     counts = evaluate.resamples(test)
     right = {}
@@ -187,7 +187,8 @@ def test_paired_difference():
         right[branch] = (answer[:, :3].argmax(1) == test[:, 0]) * 0.5 + (answer[:, 3:].argmax(1) == test[:, 1]) * 0.5
     gaps = counts @ (right["fusion"] - right["clinical"]) / 60
     close(values, [gaps[0], *np.percentile(gaps[1:], (2.5, 97.5))])
-    assert evaluate.difference(p, p)["mean_auc"] == [0, 0, 0]
+    assert evaluate.difference([p], [p])["mean_auc"] == [0, 0, 0]
+    close(evaluate.difference([p, p, other], [other])["mean_accuracy"], np.multiply(values, 2 / 3))  # two seeds differ
 
 # ---------------------------------------------------------------------------------------------- what validation decides
 
@@ -325,7 +326,7 @@ def test_groups_and_difference_of_runs(run, tmp_path, capsys):
     found = [json.loads((each / "results.json").read_text()) for each in (run, other)]
     values = [100 * each["test"]["weighted"]["mean_auc"] for each in found]
     assert "all runs" in text and f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
-    assert f"AUC: {run} - {other} = {values[0] - values[1]:+.1f} points" in text
+    assert f"AUC: RUN - OTHER = {(values[0] - values[1]) / 2:+.1f} points" in text  # of the mean of both
     flags = [{"flags": {"w": w, "seed": seed}} for w, seed in ((0.1, 0), (0.1, 1), (0.3, 0))]
     evaluate.print_groups(flags, [found[0]] * 3)
     text = capsys.readouterr().out
