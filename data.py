@@ -28,11 +28,10 @@ from PIL import Image, ImageFilter, ImageOps, __version__ as PILLOW
 from sklearn.model_selection import StratifiedGroupKFold
 
 SPLITS = ("train", "valid", "test")
-VIEWS = ("clinical", "dermoscopy")  # a lesion may have a "mask" besides, 255 inside the lesion
+VIEWS = ("clinical", "dermoscopy")  # photos that a CSV file may name; a lesion may have a "mask", 255 inside, besides
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in RGB: what the pretrained weights expect
 
-# The Seven-Point Checklist: task -> its column of meta.csv, and class -> the strings in that column.
-# The order of tasks and classes is that of the paper's tables.
+# The Seven-Point Checklist, in the order of the paper's tables: task -> its column of meta.csv, class -> strings in it.
 SPC = {
     "DIAG": ("diagnosis", {"BCC": ["basal cell carcinoma"],
         "NEV": [f"{kind} nevus" for kind in ("blue", "clark", "combined", "congenital", "dermal", "recurrent",
@@ -80,7 +79,7 @@ class Release:
     split: np.ndarray  # (N,) strings of SPLITS
     metadata: dict  # column of METADATA -> N strings
     pixels: np.ndarray  # (N, V, S, S, 3) uint8, memory-mapped
-    digests: np.ndarray  # (N, V) hashes of the decoded photos
+    digests: np.ndarray  # (N, photos) hashes of every fourth pixel of the decoded photos
     fingerprint: str  # a hash of all that a result depends on, but the split
     published: bool  # derm7pt with the published labels and split, row by row
 
@@ -108,10 +107,10 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
     split = np.array([row["split"] for row in rows])
     labels = np.empty((len(rows), len(tasks)), int)
     for t, (task, classes) in enumerate(tasks.items()):
-        names = ["", *classes]  # an empty label, number 0, becomes -1
+        names = ["", *classes]
         wrong = [f"{row['where']} {row[task]!r}" for row in rows if row[task] not in names]
         require(not wrong, f"{task} is none of {', '.join(classes)}; correct or empty it: {listed(wrong)}")
-        labels[:, t] = [names.index(row[task]) - 1 for row in rows]
+        labels[:, t] = [names.index(row[task]) - 1 for row in rows]  # an empty one becomes -1
     code = np.column_stack([labels, [(*SPLITS, "").index(name) for name in split]]).astype(np.int8)
     published = hashlib.sha256(code.tobytes()).hexdigest() == PUBLISHED_SPC
 
@@ -159,9 +158,9 @@ def read_spc(table):
             row = waiting.pop(index["indexes"], None)
             require(row, f"{index['where']}: {index['indexes']!r} is no row of meta.csv, or in a split already")
             row["split"] = split
-    kind, views, notes = "spc", VIEWS, []
+    kind, views, notes = "spc", ("clinical", "dermoscopy"), []
     if rows[0].get("notes") == "synthetic":  # drawn by synthesize
-        kind, views, notes = "synthetic", (*VIEWS, "mask"), ["drawn lesions: they show the machinery, not the method"]
+        kind, views, notes = "synthetic", (*views, "mask"), ["drawn lesions: they show the machinery, not the method"]
     return kind, table.parent.parent / "images", views, SPC_TASKS, rows, notes
 
 def read_milk10k(table):
@@ -172,12 +171,12 @@ def read_milk10k(table):
         fits = len(marked) == 1 and row["lesion_id"] not in truth and len(row) == 13  # lesion_id, 11 classes, where
         require(fits, f"{row['where']}: each lesion needs one row with one of MILK10k's 11 classes marked 1")
         truth[row["lesion_id"]] = marked[0]
-    *_, rows, notes = read_isic(table.with_name(table.name.replace("GroundTruth", "Metadata")))
+    _, folder, views, _, rows, notes = read_isic(table.with_name(table.name.replace("GroundTruth", "Metadata")))
     for row in rows:
         row["DIAG"] = truth.pop(row["case"], "")
     if truth:
         notes.append(f"WARNING: lesions of the ground truth without two photos: {listed(list(truth))}")
-    return "milk10k", table.parent, VIEWS, {"DIAG": MILK10K}, rows, notes
+    return "milk10k", folder, views, {"DIAG": MILK10K}, rows, notes
 
 def read_isic(table):
     """An ISIC Archive download (paper, Sec. 4.2), a row an image. A lesion's first close-up and dermoscopy are used."""
@@ -185,17 +184,17 @@ def read_isic(table):
     images.sort(key=lambda image: (image["image_type"].lower() != "clinical: close-up", image["isic_id"]))
     lesions = defaultdict(dict)  # lesion -> view -> its image
     for image in images:
-        for view in VIEWS:
-            if image["lesion_id"] and image["image_type"].lower().startswith(view[:4]):  # dermoscopy: "dermoscopic"
-                lesions[image["lesion_id"]].setdefault(view, image)
+        view = {"clin": "clinical", "derm": "dermoscopy"}.get(image["image_type"].lower()[:4])
+        if image["lesion_id"] and view:
+            lesions[image["lesion_id"]].setdefault(view, image)
     rows = []
     for case, pair in sorted(lesions.items()):
         if len(pair) == 2:
             label = pair["dermoscopy"].get("diagnosis_1", "").lower().replace("indeterminate", "")
-            row = pair["dermoscopy"] | {"case": case, "split": "", "DIAG": label}
-            rows.append(row | {view: pair[view]["isic_id"] for view in VIEWS})
+            photos = {view: image["isic_id"] for view, image in pair.items()}
+            rows.append(pair["dermoscopy"] | photos | {"case": case, "split": "", "DIAG": label})
     notes = [f"{len(rows)} lesions with both photos; {len(images) - 2 * len(rows)} other images are not used"]
-    return "isic", table.parent, VIEWS, {"DIAG": ("benign", "malignant")}, rows, notes
+    return "isic", table.parent, ("clinical", "dermoscopy"), {"DIAG": ("benign", "malignant")}, rows, notes
 
 def read_ham(table):
     """HAM10000: a row a photo; photos of one lesion go to one split. Its dx_type tells the diagnosis: left out."""
@@ -210,9 +209,9 @@ def read_isic17(table):
     tasks, rows = {"melanoma": ("absent", "present"), "seborrheic_keratosis": ("absent", "present")}, []
     for split, part in zip(SPLITS, ("Training", "Validation", "Test_v2")):
         for row in read_table(table.with_name(f"ISIC-2017_{part}_Part3_GroundTruth.csv"), "image_id", *tasks):
-            row |= {task: {"0.0": "absent", "1.0": "present"}.get(row[task], row[task]) for task in tasks}
-            row |= {"case": row["image_id"], "split": split}
-            rows.append(row | {"dermoscopy": row["image_id"], "mask": row["image_id"] + "_segmentation"})
+            labels = {task: {"0.0": "absent", "1.0": "present"}.get(row[task], row[task]) for task in tasks}
+            photos = {"dermoscopy": row["image_id"], "mask": row["image_id"] + "_segmentation"}
+            rows.append(row | labels | photos | {"case": row["image_id"], "split": split})
     return "isic17", table.parent, ("dermoscopy", "mask"), tasks, rows, []
 
 def read_pairs(table):
@@ -297,7 +296,7 @@ def make_split(release, group, path):
     """Stratified by the first task, always the same; groups stay together."""
     classes = release.labels[:, 0]
     enough = len(set(group)) >= 10 and np.bincount(classes + 1).max() >= 10
-    require(enough, f"{path}: fewer than 10 independent lesions, or of each class; give a column split")
+    require(enough, f"{path}: fewer than 10 independent lesions, or no class has 10; give a column split")
     tenths = ("test", "valid") if release.kind == "ham" else ("test", "test", "valid")  # MAT, 3.1; paper, Sec. 4.2
     warnings.filterwarnings("ignore", "The least populated class")
     folds = StratifiedGroupKFold(10, shuffle=True, random_state=0).split(classes, classes, group)
@@ -351,15 +350,14 @@ def decode_all(files, size, cache):
     if not path.exists():
         print(f"decoding {len(files)} photos", file=sys.stderr)
         pixels = np.empty((len(files), size, size, 3), np.uint8)
-        problems = []
         def fill(n):
             try:
                 pixels[n] = decode(files[n], size)
             except DataError as error:
-                problems.append(str(error))
+                return str(error)
         with ThreadPoolExecutor() as threads:
-            list(threads.map(fill, range(len(files))))
-        require(not problems, "\n".join(["photos are missing or broken, restore or remove them:", *sorted(problems)]))
+            problems = sorted(filter(None, threads.map(fill, range(len(files)))))
+        require(not problems, "\n".join(["photos are missing or broken, restore or remove them:", *problems]))
         with whole(path) as temporary, open(temporary, "wb") as file:
             np.save(file, pixels)
     return np.load(path, mmap_mode="c"), dict(zip(files, contents))  # "c": what is changed stays in memory
@@ -471,7 +469,7 @@ def invent_signs(rng):
     """A class for each task, about as often as published; between nevus and melanoma the seven-point rule decides."""
     malignant = rng.beta(0.6, 1.1)  # how malignant the lesion is, from 0 to 1
     odds = {"PN": (0.75, 0.7), "STR": (0.2, 0.75), "PIG": (0.2, 0.85), "RS": (0, 0.75), "DaG": (0.5, 1.0),
-            "BWV": (0, 0.5), "VS": (0.15, 0.2)}  # of the regular class if malignant is 0, of the last class if it is 1
+            "BWV": (0, 0.5), "VS": (0.15, 0.2)}  # regular if malignant is 0; irregular or present if it is 1
     signs = {"DIAG": rng.choice(["NEV", "MISC", "SK", "BCC"], p=[0.82, 0.1, 0.04, 0.04])}
     for task, (regular, irregular) in odds.items():
         p = [regular * (1 - malignant), irregular * malignant]
@@ -514,7 +512,7 @@ def draw_lesion(signs, rng, height):
         if task == "DaG":  # dots
             mark = blob(place, 0.25) * (np.cos(70 / size * x) + np.cos(70 / size * y) > 1.3)
         if task == "VS":  # winding lines
-            mark = blob(place, 0.35) * (np.abs(noise(0.12 * size)) < 0.1)  # along the shores of the noise
+            mark = blob(place, 0.35) * (np.abs(noise(0.12 * size)) < 0.1)  # where the noise is near 0
         image += (strength * lesion * mark)[..., None] * (colours[task] - image)
     dermoscopy = image.clip(0, 255).astype(np.uint8)
 

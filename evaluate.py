@@ -1,7 +1,7 @@
 """Evaluate: a run's predictions become the paper's tables, honest statistics, and an answer for one lesion.
 
     python evaluate.py RUN                    the tables of a run, from the files in its folder
-    python evaluate.py RUN --data NEW         another release: all of its lesions that the run has not learned
+    python evaluate.py RUN --data NEW         another release: its lesions but those the run has trained or validated on
     python evaluate.py RUN RUN ...            mean and standard deviation; other flags than the seed side by side
     python evaluate.py RUN ... --against OTHER ...    is the difference of their means more than chance?
     python evaluate.py RUN --compare-paper    the figures of the PEMM paper beside ours
@@ -45,9 +45,8 @@ PAPER_TABLE_4 = {"DIAG/MEL": (101, 66, 24), "PN/ATP": (93, 53, 32), "STR/IR": (9
 class RunError(ValueError):
     """A run's folder that cannot be used. The message says why and what to do."""
 
-# N lesions. tasks: task -> class names; cases (N,); split (N,): "valid" or "test"; labels (N, T): -1 unknown; metadata:
-# column -> (N,) strings; branches: branch -> probabilities (N, K), the tasks side by side; overlaps of found masks with
-# given ones: "jaccard" and "dice" -> (N,).
+# N lesions. tasks: task -> classes; split: "valid" or "test"; labels (N, T), -1 unknown; metadata: column -> N texts;
+# branches: branch -> probabilities (N, K), tasks side by side; overlaps of the masks: "jaccard", "dice" -> (N,).
 Predictions = namedtuple("Predictions", "tasks cases split labels metadata branches overlaps")
 
 def answer_of(branches):
@@ -93,7 +92,7 @@ def hits(probabilities, labels, tasks):
     return np.ma.masked_array(likeliest == labels, labels < 0)
 
 def search_weights(branches, labels, tasks, rule="near"):
-    """Weights of three branches, the same for all tasks (paper, Sec. 4.1); fewer weigh the same. "maximum": the most
+    """Weights of three branches, the same for all tasks (paper, Sec. 4.1); others weigh the same. "maximum": the most
     accurate triple. "near", ours: of all within a standard error of it the nearest to equal, which also breaks ties."""
     if len(branches) != 3:
         return dict.fromkeys(branches, 1 / len(branches))
@@ -123,8 +122,8 @@ def decide(p, rule="near"):
 # ----------------------------------------------------------------------------------------------- metrics and statistics
 
 def each_task(probabilities, labels, tasks):
-    """For each task with labels: its name, who has one (N,), their scores (n, n_t) and classes (n,), and its columns of
-    Table 1, class number -> "task/class": no "absent", not the first of two, not what nobody or everybody has."""
+    """For each task with labels: its name, which lesions have one (N,), their scores (n, n_t) and classes (n,), and its
+    columns of Table 1, class number -> "task/class": no "absent", not the first of two, not what none or all have."""
     for t, (task, classes) in enumerate(tasks.items()):
         known = labels[:, t] >= 0
         truth = labels[known, t]
@@ -154,8 +153,8 @@ def measure(probabilities, labels, tasks):
     return dict(found) | means
 
 def resamples(labels):
-    """How often each lesion counts, (1 + R, N): first once, then as drawn, always the same, so that runs can be paired.
-    With one task they are drawn within classes: a mean that lacks a class in some resamples would lean to one side."""
+    """How often each lesion counts, (1 + R, N): in row 0 once, then as drawn, the same for every run, to pair them. One
+    task is drawn class by class: no resample then lacks a class, which would bias the mean."""
     rng, counts = np.random.default_rng(0), np.ones((1 + RESAMPLES, len(labels)))
     strata = labels[:, 0] if labels.shape[1] == 1 else np.zeros(len(labels))
     for stratum in np.unique(strata):
@@ -264,9 +263,7 @@ def read_predictions(run, saved):
         by_case = {row["case"]: row for row in rows}
         def values(*columns):
             return np.array([[float(by_case[case][column]) for column in columns] for case in p.cases])
-        for name in ("jaccard", "dice"):
-            if name in rows[0]:
-                p.overlaps[name] = values(name)[:, 0]
+        p.overlaps.update({name: values(name)[:, 0] for name in ("jaccard", "dice") if name in rows[0]})
         for branch in dict.fromkeys(name.split("/")[0] for name in rows[0] if "/" in name):
             if branch not in ("equal", "weighted", "calibrated"):
                 p.branches[branch] = values(*column_names(branch, p.tasks))
@@ -325,8 +322,7 @@ def evaluate_run(run, release=None, device="cpu", rule="near"):
     return finish(Path(run), p, decide(p, rule)), p
 
 def evaluate_new(run, path, cache, device, rule="near"):
-    """(results, Predictions) of the lesions of a release that the run has not seen: neither learned from, nor chosen
-    its weights and temperature on. These stay as they are."""
+    """(results, Predictions) of a release without the lesions of the run's training and validation splits."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
     flags, seen = saved["flags"], np.array(saved["split"]) != "test"
     release = data.read(path, flags["image_size"], cache, to_train=False, masks=flags["model"] == "clnet")
@@ -466,8 +462,8 @@ def one_lesion(run, paths, about, device, rule="near"):
             text += f"{task}: {classes[chances.argmax()]}   ({shown})\n"
     of_pixels, *of_pooled = torch.autograd.grad(certainty, [pixels, *pooled])
     heats = gaussian_blur(of_pixels[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S)
-    if pooled:  # CLNet's activation map: Grad-CAM with its ReLU inside the sum. Its paper calls it Grad-CAM++, but that
-        w = of_pooled[0].mean((2, 3), keepdim=True)  # Eq. 2; would need weights from higher derivatives.
+    if pooled:  # CLNet's map. Its paper says Grad-CAM++, but Eq. 2 is Grad-CAM's, and Eq. 3 has the ReLU inside the sum
+        w = of_pooled[0].mean((2, 3), keepdim=True)  # Eq. 2
         heats = (w * pooled[0]).relu().sum(1)  # Eq. 3: (1, H_4, W_4)
     path = Path(run) / f"lesion-{Path(paths[first]).stem}.png"
     draw(path, text, network, photos, heats, seen, outputs.get("mask"))
@@ -481,7 +477,7 @@ def draw(path, text, network, photos, heats, seen, mask):
     for v, (view, photo) in enumerate(photos.items()):
         panels += [photo, overlay(photo, heats[v])]
         if seen:
-            attention, (H, W) = network.attentions[1], seen[v].shape[2:]
+            attention, (H, W) = network.attentions[1], seen[1].shape[2:]
             row, column = divmod(int(heats[v].argmax()), size)
             reads = attention.attention_at(*seen, row * H // size, column * W // size)
             source = photo if getattr(attention, "reading", "") == "swapped" else list(photos.values())[1 - v]
@@ -513,7 +509,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="The paper's tables from a run's predictions; an answer for a lesion.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a finished run")
-    add("--data", metavar="PATH", help="predict the run's own release, or another but for what was learned")
+    add("--data", metavar="PATH", help="predict the run's own release, or the unseen lesions of another")
     add("--cache", default="runs/cache", metavar="DIR", help="folder of the decoded photos [%(default)s]")
     add("--device", help="where to predict [cuda, else mps, else cpu]")
     add("--rule", default="near", choices=["near", "maximum"], help="how weights are chosen, see search_weights")
@@ -528,7 +524,8 @@ def main(argv=None):
     if (paths or args.about) and (args.data or args.compare_paper or len(runs) > 1 or not paths):
         parser.error("--clinical, --dermoscopy and --about ask one run about one lesion, and nothing else")
     if paths:
-        about = {column: [text] for column, _, text in (each.partition("=") for each in args.about)}
+        told = {column: [text] for column, _, text in (each.partition("=") for each in args.about)}
+        about = {column: told[column] for column in data.METADATA if column in told} | told  # in the order of training
         return one_lesion(runs[0], paths, about, device, args.rule)
     saved = [load_checkpoint(Path(run) / "model.pt") for run in runs]
     if len({(each["release"], *each["split"]) for each in saved}) > 1:
@@ -537,17 +534,16 @@ def main(argv=None):
         raise RunError("--compare-paper: the figures are of a run on the published derm7pt, and of its own lesions")
     found = [evaluate_new(run, args.data, args.cache, device, args.rule) if args.data
              else evaluate_run(run, rule=args.rule) for run in runs]
-    results, _ = found[0]
-    if results and len(args.runs) > 1:
-        print_groups(saved[:len(args.runs)], [each for each, _ in found])
-    elif results:
-        print_tables(results, args.compare_paper)
-    if results and results["test"] and args.against:
-        ours, theirs = [p for _, p in found[:len(args.runs)]], [p for _, p in found[len(args.runs):]]
-        for name, values in difference(ours, theirs).items():
+    n, results, answers = len(args.runs), [each for each, _ in found], [p for _, p in found]
+    if results[0] and n > 1:
+        print_groups(saved[:n], results)
+    elif results[0]:
+        print_tables(results[0], args.compare_paper)
+    if args.against and all(each and each["test"] for each in results):
+        for name, values in difference(answers[:n], answers[n:]).items():
             gap, low, high = (f"{100 * value:+.1f}" for value in values)
             print(f"{MEANS[name]}: RUN - OTHER = {gap} points, 95% interval {low} to {high}")
-    return results
+    return results[0]
 
 if __name__ == "__main__":
     data.speak(main, data.DataError, RunError)

@@ -22,8 +22,8 @@ def focal(cross_entropy, gamma=GAMMA):
     return (1 - p) ** gamma * cross_entropy
 
 def branch_loss(logits, labels, gamma=0.0):
-    """Mean over tasks of the mean cross-entropy (gamma 0) or focal loss over the known labels: T x (B, n_t) and (B, T)
-    int64 -> a scalar."""
+    """Logits T x (B, n_t), labels (B, T) int64 -> a scalar: cross-entropy (gamma 0) or focal loss, the mean over known
+    labels, then over tasks."""
     if labels.shape != (len(logits[0]), len(logits)) or labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, not int64 {(len(logits[0]), len(logits))}")
     known = (labels >= 0).sum(0)  # (T): how many labels each task has

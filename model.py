@@ -77,8 +77,8 @@ class PEMM(nn.Module):
         if classifiers == "separate":
             self.classifiers.append(Classifier(channels[-1], num_classes))
         self.fusion_classifier = Classifier(2 * channels[-1], num_classes)
-        # A shared encoder takes both photos as one batch: the same, but faster. Where it has batch norm (ResNet,
-        # DenseNet, MobileNet), two passes: training then normalises each photo by its own modality's statistics.
+        # A shared encoder takes both photos as one batch, for speed. Not with batch norm (ResNet, DenseNet, MobileNet):
+        # there each photo goes alone, and training normalises it by its own modality's statistics.
         batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.encoders.modules())
         self.one_batch = encoder == "shared" and not batch_norm
 

@@ -10,8 +10,8 @@ What crosses? Sec. 3.2 names only a modality's own q, k and v, and Fig. 3 leaves
     "cross"    queries from one modality, keys and values from the other: the word's usual meaning, and our default
     "swapped"  each computes its own softmax(q k^T), unscaled, and applies the other's to its own values (CAFNet)
 
-At first x must pass unchanged (the encoder was pretrained so): the value layer starts at zero. The usual gate that
-starts at zero, x + gate * read, would stay shut: Adam moves a number by about the learning rate a step, in all
+The pretrained encoder must not be disturbed at first: the value layer starts at zero, so refined = x. A gate that
+starts at zero, x + gate * read, would stay nearly shut: Adam moves a number by about the learning rate a step, in all
 250 epochs x 18 steps x 1.5e-5 (the mean rate) = 0.07. A value is a sum over C weights, and each can move that far.
 
 Shapes: B pairs, C channels, H x W the map, N = H W its places ("tokens"), d = C/8.
@@ -108,7 +108,7 @@ BLOCK = 2 ** 20  # weights computed at a time: 4 MB of float32, about what a cor
 def attend(q, k, v, scale):
     """The fast twin of plain_attention: the same, in the best way for this device and size."""
     if q.device.type != "cpu":
-        pad = (0, -q.shape[-1] % 8)  # the GPU kernel that takes v wider than q and k wants widths of whole 16 bytes
+        pad = (0, -q.shape[-1] % 8)  # the fast GPU kernel wants q and k in multiples of 8 channels (16 bytes)
         q, k, v = F.pad(q, pad)[:, None], F.pad(k, pad)[:, None], v[:, None]  # one head
         return F.scaled_dot_product_attention(q, k, v, scale=scale)[:, 0]
     if k.shape[1] <= LARGE:

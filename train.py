@@ -83,7 +83,7 @@ def parse(argv):
     add("--seed", default=0, type=between(int, 0, 2 ** 63 - 1), help="of weights, order, augmentation and dropout")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (ours: where the hardware has it)")
     add("--compile", default=False, action=argparse.BooleanOptionalAction, help="torch.compile: a minute to begin with")
-    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # all None: argparse keeps what is set
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # all None: no default is filled in
     given = {flag: value for flag, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
     if "data" not in given:
         parser.set_defaults(**DEMO)
@@ -148,7 +148,7 @@ def validation(network, release, words, device, amp):
     if branches:
         equal = evaluate.fuse(branches, dict.fromkeys(branches, 1 / len(branches)), release.tasks)
         means = evaluate.measure(equal, release.labels[rows], release.tasks)
-        found |= {"valid_auc": means["mean_auc"], "valid_accuracy": means["mean_accuracy"]}
+        found |= {f"valid_{name}": means[f"mean_{name}"] for name in ("auc", "accuracy") if f"mean_{name}" in means}
     return found
 
 # --------------------------------------------------------------------------------------------------------- saving a run
@@ -314,7 +314,7 @@ def fit(run, flags, release, device, state=None):
         log.append(row)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name.startswith("valid"))
         print(f"epoch {epoch + 1}/{flags['epochs']}  loss {row['loss']:.3f}  {shown}  {speed:.0f} images/s", flush=True)
-        # A save costs up to a second: at most 1/20 of the time goes to it, and always one after the last epoch.
+        # Saving takes at most 1/20 of the time. After the last epoch there is always a save.
         if epoch + 1 == flags["epochs"] or time.perf_counter() > next_save:
             began = time.perf_counter()
             lines = [log[0].keys(), *(row.values() for row in log)]

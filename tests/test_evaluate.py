@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import evaluate
 import model
 from conftest import close
 from evaluate import RunError
+from shared_attention import AsymmetricAttention
 
 TASKS = {"DIAG": ("a", "b", "c"), "PN": ("absent", "present")}
 BRANCHES = ("clinical", "dermoscopy", "fusion")
@@ -539,6 +541,23 @@ def test_attention_is_that_of_the_place_that_counts_most(run, release, monkeypat
             expected = network.attentions[1].attention_at(*features, row // 8, column // 8)[view][0]
             close(read, expected, 1e-4)
             assert (photo == decoded[other]).all()
+
+def test_attention_is_drawn_between_maps_of_other_sizes(tmp_path):
+    """AMMFM's networks may round a side of 36 to 5 and to 4: the place that counts most is one of the map that reads."""
+    network = SimpleNamespace(attentions=[None, AsymmetricAttention(16, 8)])
+    heats = torch.zeros(2, 36, 36)
+    heats[:, 35, 35] = 1
+    pair = dict.fromkeys(data.VIEWS, np.zeros((36, 36, 3), np.uint8))
+    evaluate.draw(tmp_path / "picture.png", "", network, pair, heats, [torch.randn(1, 16, 5, 5), torch.randn(1, 8, 4, 4)], None)
+    assert (tmp_path / "picture.png").exists()
+
+def test_words_about_a_patient_come_in_the_order_of_training(run, release, monkeypatch):
+    monkeypatch.setattr(evaluate, "one_lesion", lambda run, paths, about, device, rule: list(about.items()))
+    told = ["--about", "sex=female", "colour=red", "age=45"]
+    photo = f"--clinical={photos(release)['clinical']}"
+    assert evaluate.main([str(run), photo, *told]) == [("age", ["45"]), ("sex", ["female"]), ("colour", ["red"])]
+    with pytest.raises(SystemExit):
+        evaluate.main([str(run), *told])
 
 def test_long_class_names_do_not_break_the_picture(run, release):
     edit(run, lambda saved: saved["tasks"].update(veil=("ä" * 75, "b" * 750)))

@@ -315,6 +315,13 @@ def test_clnet_needs_masks_only_to_learn_them(tiny, pairs):
         tiny("both", *flags)
 
 
+def test_a_validation_split_of_one_class_has_no_auc(tiny, pairs):
+    rows = pairs.read_text().splitlines()
+    one = [",".join([*row.split(",")[:-2], "nevus", "absent"]) if ",valid," in row else row for row in rows]
+    pairs.with_name("one.csv").write_text("\n".join(one))
+    assert tiny("run", "--data", str(pairs.with_name("one.csv")), "--epochs", "1", "--swa-start", "1")["test"]
+
+
 def two_classes():
     """Lesions of two classes, at random, 40 / 12 / 12: number, class, split, and the class that is exchanged in training."""
     classes = np.random.default_rng(0).integers(0, 2, 64)
