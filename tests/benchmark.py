@@ -32,7 +32,6 @@ from test_backbones import torchvision_twin
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-
 def seconds(function):
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -41,7 +40,6 @@ def seconds(function):
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
 
 def compare(title, candidates, rounds):
     """Prints the median seconds of each candidate, and its median ratio to the first."""
@@ -57,7 +55,6 @@ def compare(title, candidates, rounds):
         for name, each in times.items()), flush=True)
     return {name: statistics.median(each) for name, each in times.items()}
 
-
 def step(parameters, bf16, function):
     """Forward and backward of a function that returns a tensor; the gradients are then dropped."""
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
@@ -65,7 +62,6 @@ def step(parameters, bf16, function):
     out.float().square().mean().backward()
     for parameter in parameters:
         parameter.grad = None
-
 
 def encoders(rounds, batch):
     print(f"forward and backward, {batch} images of 224 x 224, {DEVICE}; ratio to torchvision")
@@ -78,17 +74,15 @@ def encoders(rounds, batch):
             for bf16 in (False, True):
                 compare(f"{name} {'bfloat16' if bf16 else 'float32'}{' compiled' * compiled}", {
                     "torchvision": partial(step, list(twin.parameters()), bf16, lambda: theirs(x)),
-                    "ours": partial(step, [*encoder.parameters(), *head.parameters()], bf16, lambda: head(encoder.pool(ours(x)[-1])))}, rounds)
-
+                    "ours": partial(step, [*encoder.parameters(), *head.parameters()], bf16,
+                                    lambda: head(encoder.pool(ours(x)[-1])))}, rounds)
 
 plain = shared_attention.plain_attention
-
 
 def padded(q, k, v, scale):
     """torch's kernel with q and k padded to v's width, without which it falls back to one that builds the whole map."""
     wide = [F.pad(x, (0, v.shape[-1] - x.shape[-1]))[:, None] for x in (q, k)]
     return F.scaled_dot_product_attention(*wide, v[:, None], scale=scale)[:, 0]
-
 
 def attention(rounds, batch):
     print(f"one attention, forward and backward, {2 * batch} images, {DEVICE}; ratio to the plain formula")
@@ -98,8 +92,8 @@ def attention(rounds, batch):
                        for width in (channels // 8, channels // 8, channels))
             compare(f"{side} x {side}, {channels} channels, {str(dtype)[6:]}", {
                 name: partial(step, [q, k, v], False, lambda function=function: function(q, k, v, 0.3))
-                for name, function in (("plain", plain), ("padded", padded), ("ours", shared_attention.attend))}, rounds)
-
+                for name, function in (("plain", plain), ("padded", padded), ("ours", shared_attention.attend))},
+                rounds)
 
 def pemm_step(kind, bf16, batch):
     """A function that takes one training step of the bare encoder ("bare"), of PEMM ("ours") or with plain attention."""
@@ -108,13 +102,15 @@ def pemm_step(kind, bf16, batch):
     labels = torch.stack([torch.randint(0, n, (batch,), device=DEVICE) for n in model.SPC_CLASSES], 1)
     network = (backbones.build("swin_t") if kind == "bare" else model.PEMM("swin_t")).to(DEVICE).train()
     ours = shared_attention.attend
+    def bare():
+        return network.pool(network(torch.cat((clinical, dermoscopy)))[-1])
+    def whole():
+        return biased_loss(network(clinical, dermoscopy), labels)[0]
     def run():
         shared_attention.attend = plain if kind == "plain" else ours
-        step(list(network.parameters()), bf16, lambda: network.pool(network(torch.cat((clinical, dermoscopy)))[-1]) if kind == "bare"
-             else biased_loss(network(clinical, dermoscopy), labels)[0])
+        step(list(network.parameters()), bf16, bare if kind == "bare" else whole)
         shared_attention.attend = ours
     return run
-
 
 def peak(queue, kind, bf16, batch):
     """Peak memory of a step above what the process holds before it, in bytes; in a process of its own."""
@@ -124,7 +120,6 @@ def peak(queue, kind, bf16, batch):
     before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else host("VmRSS")
     run(), run()
     queue.put((torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else host("VmHWM")) - before)
-
 
 def pemm(rounds, batch):
     print(f"a training step of PEMM-Swin-T, {batch} pairs of 224 x 224, {DEVICE}; ratio to the bare encoder on the same images")
@@ -141,7 +136,6 @@ def pemm(rounds, batch):
         print(f"{name + ', peak memory':34}" + "   ".join(f"{kind} {value / 2 ** 20:,.0f} MiB ({value / found['bare']:.2f}x)"
                                                           for kind, value in found.items()), flush=True)
 
-
 def photos(rounds, batch):
     with tempfile.TemporaryDirectory() as folder:
         path = data.synthesize(Path(folder) / "spc", cases=200, height=512)
@@ -153,11 +147,12 @@ def photos(rounds, batch):
         files = sorted((path / "images").glob("*.jpg"))
         def one_by_one():
             for n in range(24):
-                pair = torch.tensor([[data.decode(file, 224).tolist() for file in files[2 * n:2 * n + 2]]], dtype=torch.uint8)
+                pair = torch.tensor([[data.decode(file, 224).tolist() for file in files[2 * n:2 * n + 2]]],
+                                    dtype=torch.uint8)
                 data.augment(pair, release.views, generator)
         compare("24 pairs, decoded and augmented", {
-            "photo by photo": one_by_one, "ours": lambda: data.augment(pixels[rows].to(DEVICE), release.views, generator)}, rounds)
-
+            "photo by photo": one_by_one, "ours": lambda: data.augment(pixels[rows].to(DEVICE), release.views,
+                                                                       generator)}, rounds)
 
 def training(rounds, batch):
     """Images per second of train.fit's loop, as it prints them, as a share of forward and backward alone."""
@@ -184,10 +179,10 @@ def training(rounds, batch):
         train.validation = after_an_epoch
         one()
         train.fit(folder / "run", flags, release, DEVICE)
-        share = statistics.median(2 * loop / (before + after) for loop, before, after in zip(loops[1:], bares, bares[1:]))
+        share = statistics.median(2 * loop / (before + after) for loop, before,
+                                  after in zip(loops[1:], bares, bares[1:]))
         print(f"training loop {statistics.median(loops[1:]):,.0f} images/s, bare forward and backward {statistics.median(bares):,.0f} "
               f"images/s; median of {len(loops) - 1} epochs, each beside what came before and after it: {100 * share:.1f}%")
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -199,7 +194,6 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}")
     for what in args.what:
         kinds[what](args.rounds, args.batch)
-
 
 if __name__ == "__main__":
     main()

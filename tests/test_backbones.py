@@ -16,7 +16,6 @@ from conftest import close, randomise, undrawn
 BY_HAND = ["swin_t", "swin_v2_t", "convnext_t", "convnext_atto"]
 NAMES = [*BY_HAND, "resnet50", "densenet201", "mobilenet_v2"]
 
-
 def torchvision_twin(name):
     """torchvision's own network of that name, or its ConvNeXt of Atto's widths and depths."""
     if name == "convnext_t":
@@ -26,20 +25,16 @@ def torchvision_twin(name):
         return models.ConvNeXt([block(40, 80, 2), block(80, 160, 2), block(160, 320, 6), block(320, None, 2)], 0.1)
     return getattr(models, name)()
 
-
 def head(twin):
     """The ImageNet classifier: the last linear layer."""
     return [module for module in twin.modules() if isinstance(module, nn.Linear)][-1]
-
 
 def logits(twin, encoder, image):
     """The encoder's logits with the classifier of its twin."""
     return head(twin)(encoder.pool(encoder(image)[-1]))
 
-
 def images(*shape):
     return torch.randn(shape, dtype=torch.float64)
-
 
 def wake(twin):
     """Parameters with which every layer matters. A network with batch norm gets the statistics of a batch, or its signal would
@@ -57,7 +52,6 @@ def wake(twin):
             twin.train()(torch.randn(8, 3, 64, 64))
     return twin.eval()
 
-
 @lru_cache  # building a network takes longer than most of the tests
 def built(name):
     """torchvision's network, and ours with its state dict."""
@@ -67,16 +61,13 @@ def built(name):
     encoder.load_state_dict(backbones.rename(twin.state_dict(), backbones.BACKBONES[name].names))
     return twin.double(), encoder.double()
 
-
 def pair(name):
     """The two of that name. Use them, but leave their values as they are."""
     twin, encoder = built(name)
     return twin.eval(), encoder.eval()
 
-
 def test_names():
     assert {*NAMES, "convnext_mini"} == set(backbones.BACKBONES)  # the last one is of conftest.py
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_all_gradients_equal_torchvisions(name):
@@ -98,7 +89,6 @@ def test_logits_and_all_gradients_equal_torchvisions(name):
     for name, gradient in zip(names, ours):
         close(gradient, theirs[name])
 
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [(56, 56), (64, 64), (33, 32)])
 def test_any_size_equals_torchvision(name, size):
@@ -107,7 +97,6 @@ def test_any_size_equals_torchvision(name, size):
     with torch.no_grad():
         image = images(1, 3, *size)
         close(logits(twin, encoder, image), twin(image))
-
 
 @pytest.mark.parametrize("name, wrong, right", [
     ("swin_t", nn.ReLU, nn.GELU), ("swin_t", 1e-6, nn.LayerNorm),
@@ -126,7 +115,6 @@ def test_a_wrong_layer_would_be_seen(name, wrong, right):
     with torch.no_grad(), pytest.raises(AssertionError, match="largest difference"):
         close(logits(twin, encoder, image), twin(image), 1e-7)
 
-
 @pytest.mark.parametrize("name", BY_HAND)
 def test_drop_path_draws_as_torchvision_does(name):
     twin, encoder = pair(name)
@@ -142,7 +130,6 @@ def test_drop_path_draws_as_torchvision_does(name):
     ours = [module.p for module in encoder.modules() if isinstance(module, backbones.DropPath)]
     assert ours == sorted(theirs), "one rate a block, all different"
 
-
 @pytest.mark.parametrize("name", NAMES)
 def test_contract(name):
     encoder, image = pair(name)[1], images(1, 3, 32, 64)
@@ -156,14 +143,12 @@ def test_contract(name):
         x = stage(x)
         assert torch.equal(x, expected)
 
-
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_with_the_idle_classifier_are_those_that_torchvision_publishes(name):
     published = backbones.BACKBONES[name].published
     own = sum(parameter.numel() for parameter in pair(name)[1].parameters())
     counted = own + 1000 * pair(name)[1].channels[-1] + 1000
     assert counted == (published.meta["num_params"] if published else sum(p.numel() for p in pair(name)[0].parameters()))
-
 
 def test_download_cache_is_used_and_its_absence_explained(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -182,9 +167,9 @@ def test_download_cache_is_used_and_its_absence_explained(tmp_path, monkeypatch)
     for key, value in encoder.state_dict().items():
         close(found[key], value, 1e-6)
 
-
 @pytest.mark.parametrize("damage, says", [
-    (lambda state: state.pop("features.1.0.block.0.weight"), 'Missing key(s) in state_dict: "stages.0.blocks.0.dwconv.weight"'),
+    (lambda state: state.pop("features.1.0.block.0.weight"),
+     'Missing key(s) in state_dict: "stages.0.blocks.0.dwconv.weight"'),
     (lambda state: state.update(extra=torch.zeros(1)), 'Unexpected key(s) in state_dict: "extra"'),
     (lambda state: state.update({"classifier.0.weight": torch.zeros(7)}), "size mismatch for norm.weight"),
     (lambda state: state.clear(), "Missing"),
@@ -196,7 +181,6 @@ def test_weights_that_do_not_fit_are_named(damage, says, tmp_path):
     with pytest.raises(backbones.WeightsError) as error:
         backbones.build("convnext_atto", tmp_path / "damaged.pth")
     assert str(error.value).startswith(f"{tmp_path / 'damaged.pth'} does not fit convnext_atto") and says in str(error.value)
-
 
 def test_old_and_half_precision_files(tmp_path):
     """torch before 0.4.1 had no num_batches_tracked; torchvision's DenseNet file says norm.1 where the module says norm1."""
@@ -212,7 +196,6 @@ def test_old_and_half_precision_files(tmp_path):
     assert old.keys() != state.keys()
     assert backbones.rename(old, names).keys() == backbones.rename(state, names).keys()
 
-
 def test_the_classifier_that_is_left_out_is_said(tmp_path, capsys):
     state = pair("convnext_atto")[0].state_dict()
     torch.save(state, tmp_path / "weights.pth")
@@ -223,12 +206,10 @@ def test_the_classifier_that_is_left_out_is_said(tmp_path, capsys):
     backbones.build("convnext_atto", tmp_path / "weights.pth")
     assert not capsys.readouterr().out
 
-
 class Code:
     """Would run code if torch.load trusted the file."""
     def __reduce__(self):
         return print, ("code ran",)
-
 
 def test_files_that_are_no_weights_are_refused(tmp_path, capsys):
     (tmp_path / "text.pth").write_text("<html>not found</html>")

@@ -214,7 +214,8 @@ def make_ham(folder, n=40):
         mask[:, :i] = 255
         Image.fromarray(mask).save(folder / "masks" / f"{name}_segmentation.png")
         rows.append((f"HAM_{i // 2:07}", name, ("nv", "mel")[i // 2 % 2], "follow_up", 45.0, "male", "lower extremity"))
-    write(folder / "HAM10000_metadata.csv", ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"], rows)
+    write(folder / "HAM10000_metadata.csv", ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"],
+          rows)
     return folder
 
 def test_ham10000_with_its_masks(tmp_path):
@@ -223,7 +224,8 @@ def test_ham10000_with_its_masks(tmp_path):
     assert Counter(found.split) == {"train": 64, "valid": 8, "test": 8}  # MAT, Sec. 3.1
     assert all(len(set(found.split[n:n + 2])) == 1 for n in range(0, 80, 2)), "two photos of a lesion in two splits"
     assert (found.labels[:4, 0] == [5, 5, 4, 4]).all() and "dx_type" not in found.metadata
-    assert [int(mask[0, :, 0].sum()) // 255 for mask in found.pixels[:20, 1]] == list(range(20)), "masks of other photos"
+    assert [int(mask[0, :, 0].sum()) // 255 for mask in found.pixels[:20,
+                                                                     1]] == list(range(20)), "masks of other photos"
     assert data.read(tmp_path / "ham", 40).views == ("dermoscopy",)
     for path in (tmp_path / "ham/masks").iterdir():  # 0 and 1 instead of 0 and 255
         Image.fromarray(np.asarray(Image.open(path)) // 255).save(path)
@@ -236,13 +238,15 @@ def test_ham10000_with_its_masks(tmp_path):
 def test_isic_2017_has_three_splits_two_tasks_and_masks(tmp_path):
     for part, first, last in (("Training", 0, 6), ("Validation", 6, 10), ("Test_v2", 10, 14)):
         rows = [(f"ISIC_{n:07}", float(n % 2), float(n % 3 == 0)) for n in range(first, last)]
-        write(tmp_path / f"ISIC-2017_{part}_Part3_GroundTruth.csv", ["image_id", "melanoma", "seborrheic_keratosis"], rows)
+        write(tmp_path / f"ISIC-2017_{part}_Part3_GroundTruth.csv", ["image_id", "melanoma", "seborrheic_keratosis"],
+              rows)
         for name, *_ in rows:
             photo(tmp_path / f"ISIC-2017_{part}_Data" / f"{name}.jpg")
             photo(tmp_path / f"ISIC-2017_{part}_Part1_GroundTruth" / f"{name}_segmentation.png")
     found = data.read(tmp_path, 16, masks=True)
     assert found.kind == "isic17" and found.split.tolist() == ["train"] * 6 + ["valid"] * 4 + ["test"] * 4
-    assert found.labels.tolist() == [[n % 2, int(n % 3 == 0)] for n in range(14)] and found.views == ("dermoscopy", "mask")
+    assert found.labels.tolist() == [[n % 2, int(n % 3 == 0)] for n in range(14)] and found.views == ("dermoscopy",
+                                                                                                      "mask")
 
 def test_a_mask_moves_with_its_photo_and_has_no_colour():
     """The photo is its own mask, black and white: they stay the same wherever augmentation takes them."""
@@ -380,10 +384,12 @@ REFUSED = {  # what is wrong -> (the release, what is done to it, what the messa
     "no split file": ("spc", lambda f: (f / "meta/test_indexes.csv").unlink(), "test_indexes.csv: cannot be read"),
     "nothing to learn": ("spc", lambda f: [put(f / META, n, "blue_whitish_veil", "absent") for n in range(1, 26)],
                          "BWV has fewer than two classes"),
-    "missing photos": ("spc_photos", lambda f: [(f / f"images/{name}.jpg").unlink() for name in ("clinic0001", "derm0050")],
+    "missing photos": ("spc_photos", lambda f: [(f / f"images/{name}.jpg").unlink() for name in ("clinic0001",
+                                                                                                 "derm0050")],
                        "(?s)clinic0001.jpg: .*No such file.*\n.*derm0050.jpg: .*No such file"),
     "no photo": ("spc_photos", lambda f: edit(f / "images/derm0007.jpg", lambda b: b"<html>"), "derm0007.jpg: cannot"),
-    "truncated": ("spc_photos", lambda f: edit(f / "images/derm0007.jpg", lambda b: b[:999]), "derm0007.jpg: .*truncated"),
+    "truncated": ("spc_photos", lambda f: edit(f / "images/derm0007.jpg", lambda b: b[:999]),
+                  "derm0007.jpg: .*truncated"),
     "two classes": ("milk", mark("BCC", "NV"), "GroundTruth.csv line 3: each lesion needs one row with one"),
     "no class": ("milk", mark(), "GroundTruth.csv line 3: each lesion needs one row with one"),
     "a further class": ("milk", lambda f: add(f / TRUTH, "OTHER", ["0.0"]), "one of MILK10k's 11 classes"),
@@ -395,7 +401,8 @@ REFUSED = {  # what is wrong -> (the release, what is done to it, what the messa
     "strange split": ("own", lambda f: add(f / OWN, "split", ["train", "holdout"]), "line 3: split is 'holdout'"),
     "no test": ("own", lambda f: add(f / OWN, "split", ["train", "train", "valid"]), "no lesion in test"),
     "patient in two splits": ("own", two_splits, r"in two splits.*d2.png \(test\) and c1.png.*\(valid\)"),
-    "lesion twice in own": ("own", lambda f: rewrite(f / OWN, lambda r: r.append(r[1])), "several lesions are called c0.png"),
+    "lesion twice in own": ("own", lambda f: rewrite(f / OWN, lambda r: r.append(r[1])),
+                            "several lesions are called c0.png"),
     "no photo named": ("own", lambda f: put(f / OWN, 2, "dermoscopy", ""), "line 3: no dermoscopy photo"),
     "a column twice": ("own", lambda f: add(f / OWN, "Lesion ", ["a"]), "two columns of one name"),
     "open quotation mark": ("own", lambda f: edit(f / OWN, lambda b: b + b'"c3.png,d3.png,a\r\n'), "cannot be read"),

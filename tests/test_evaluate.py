@@ -131,7 +131,8 @@ def test_overlaps_are_scikit_learns():
     pixels = rng.integers(0, 256, (60, 2, 8, 8, 3), np.uint8)
     pixels[0] = 0  # nothing there, nothing found
     pixels[1, 1] = 0  # nothing there, but something found
-    branches, overlaps = evaluate.predict(Painter(), pixels, ("dermoscopy", "mask"), np.zeros((60, 1), np.int64), CPU, False)
+    branches, overlaps = evaluate.predict(Painter(), pixels, ("dermoscopy", "mask"), np.zeros((60, 1), np.int64), CPU,
+                                          False)
     inputs = data.as_inputs(torch.from_numpy(pixels), ("dermoscopy", "mask"))
     assert not branches and overlaps["jaccard"][0] == overlaps["dice"][0] == 1 and overlaps["jaccard"][1] == 0
     for n in range(1, 60):
@@ -453,7 +454,8 @@ def test_exchanged_photos_are_another_release(run, pairs, tmp_path):
     before, after = (table(path / "predictions.csv") for path in (run, run / "exchanged"))
     before = [row for row in before if row["split"] == "test"]
     assert [row["case"] for row in after] == [row["case"] for row in before]
-    assert max(abs(float(a["clinical/veil/present"]) - float(b["clinical/veil/present"])) for a, b in zip(after, before)) > 1e-3
+    assert max(abs(float(a["clinical/veil/present"]) - float(b["clinical/veil/present"])) for a,
+               b in zip(after, before)) > 1e-3
 
 def test_a_photo_that_the_network_needs_must_be_there(run, release):
     with pytest.raises(RunError, match="reads clinical and dermoscopy; this release has dermoscopy"):
@@ -548,7 +550,8 @@ def test_attention_is_drawn_between_maps_of_other_sizes(tmp_path):
     heats = torch.zeros(2, 36, 36)
     heats[:, 35, 35] = 1
     pair = dict.fromkeys(data.VIEWS, np.zeros((36, 36, 3), np.uint8))
-    evaluate.draw(tmp_path / "picture.png", "", network, pair, heats, [torch.randn(1, 16, 5, 5), torch.randn(1, 8, 4, 4)], None)
+    evaluate.draw(tmp_path / "picture.png", "", network, pair, heats,
+                  [torch.randn(1, 16, 5, 5), torch.randn(1, 8, 4, 4)], None)
     assert (tmp_path / "picture.png").exists()
 
 def test_words_about_a_patient_come_in_the_order_of_training(run, release, monkeypatch):
@@ -570,7 +573,8 @@ def test_clnets_activation_map_is_worked_out_by_hand(learns, run, release, monke
     remake(run, model="clnet", tasks=learns, image_size=64)
     (_, found), *_ = looked_at(run, release, monkeypatch, [1.0], ["dermoscopy"])
     network = evaluate.load_network(torch.load(run / "model.pt", weights_only=True), CPU)
-    image = data.as_inputs(torch.from_numpy(data.decode(photos(release)["dermoscopy"], 64))[None, None], ["dermoscopy"])["dermoscopy"]
+    image = data.as_inputs(torch.from_numpy(data.decode(photos(release)["dermoscopy"], 64))[None, None],
+                           ["dermoscopy"])["dermoscopy"]
     with torch.no_grad():
         X = network.encoders[0](image)[-1]
         if learns == "both":

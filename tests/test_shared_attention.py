@@ -7,7 +7,6 @@ import shared_attention
 from conftest import close, randomise
 from shared_attention import AsymmetricAttention, CrossAttention, attend, plain_attention, tokens
 
-
 @pytest.fixture(autouse=True)
 def repeatable_and_on_one_thread():
     """Tensors this small are slower on several threads, much slower where other programs run too."""
@@ -17,26 +16,21 @@ def repeatable_and_on_one_thread():
     yield
     torch.set_num_threads(threads)
 
-
 def opened(module):
     """The module, with value projections that are no longer zero."""
     return randomise(module.double(), spread=0.2)
 
-
 def map_of(x, like):
     return x.transpose(1, 2).view(like.shape)  # (B, N, C) -> (B, C, H, W)
 
-
 def maps(B=3, C=16, H=5, W=4):
     return [torch.randn(B, C, H, W, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-
 
 def unequal_maps():
     """Of a light clinical network and a dermoscopy network: other channels, other size."""
     clinical = torch.randn(3, 6, 4, 3, dtype=torch.float64, requires_grad=True)
     dermoscopy = torch.randn(3, 16, 5, 4, dtype=torch.float64, requires_grad=True)
     return clinical, dermoscopy
-
 
 def same_gradients(ours, theirs, inputs):
     direction = torch.randn_like(ours)
@@ -45,16 +39,13 @@ def same_gradients(ours, theirs, inputs):
     for a, b in zip(found, expected):
         close(a, b)
 
-
 def kept_bytes(function, *inputs):
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
         function(*inputs)
     return sum(sizes)
 
-
 # ------------------------------------------------------------------------------------------------------ the fast twin
-
 
 @pytest.mark.parametrize("block", [9, 70, 230, 10 ** 9])  # scores a block, of 17 x 23: a row, 3 rows, 10 rows, all
 def test_blocks_equal_the_plain_formula(block, monkeypatch):
@@ -66,7 +57,6 @@ def test_blocks_equal_the_plain_formula(block, monkeypatch):
     close(out, expected)
     same_gradients(out, expected, inputs)
 
-
 def test_the_plain_formula_itself():
     """Row by row and query by query, without matrices."""
     q, k, v = (torch.randn(2, n, width, dtype=torch.float64) for n, width in ((5, 3), (7, 3), (7, 8)))
@@ -76,7 +66,6 @@ def test_the_plain_formula_itself():
             fits = torch.stack([torch.exp(0.7 * torch.dot(q[b, i], k[b, j])) for j in range(7)])
             expected[b, i] = sum(fits[j] / fits.sum() * v[b, j] for j in range(7))
     close(plain_attention(q, k, v, 0.7), expected)
-
 
 @pytest.mark.parametrize("block", [2 ** 20, 6 * 300])  # all 300 queries at once, or six at a time
 def test_bfloat16_is_as_near_as_the_plain_formula(block, monkeypatch):
@@ -93,7 +82,6 @@ def test_bfloat16_is_as_near_as_the_plain_formula(block, monkeypatch):
         return sum(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected))
     assert error(attend) < 1.1 * error(plain_attention)
 
-
 def test_large_maps_are_not_kept_for_the_backward_pass():
     """What a map above 32 x 32 keeps grows with its places, not with their square."""
     def kept(side):
@@ -102,9 +90,7 @@ def test_large_maps_are_not_kept_for_the_backward_pass():
     assert kept(34) < 4 * (34 ** 2) ** 2 / 4  # a quarter of the weights
     assert 1 < kept(32) / (4 * (32 ** 2) ** 2) < 3  # the plain formula, and what it keeps: weights of 4 MB an image
 
-
 # ---------------------------------------------------------------------------------------------------- CrossAttention
-
 
 def multihead(p, source_channels, C):
     """nn.MultiheadAttention with the weights of the projections p. It wants q, k and v of one width C: so W_q and W_k
@@ -125,7 +111,6 @@ def multihead(p, source_channels, C):
         twin.out_proj.weight.copy_(torch.eye(C))
     return twin
 
-
 def test_equals_multihead_attention_with_copied_weights():
     module, (clinical, dermoscopy) = opened(CrossAttention(16)), maps()
     twin = multihead(module.projections[0], 16, 16)
@@ -135,7 +120,6 @@ def test_equals_multihead_attention_with_copied_weights():
         close(ours, theirs)
         same_gradients(ours, theirs, (clinical, dermoscopy))
 
-
 def test_swapped_reading_swaps_the_maps():
     module, (clinical, dermoscopy) = opened(CrossAttention(16, shared=False, reading="swapped")), maps()
     p_c, p_d = module.projections
@@ -144,7 +128,6 @@ def test_swapped_reading_swaps_the_maps():
     close(refined[0], clinical + map_of(plain_attention(p_d.query(d), p_d.key(d), p_c.value(c), 1.0), clinical))
     close(refined[1], dermoscopy + map_of(plain_attention(p_c.query(c), p_c.key(c), p_d.value(d), 1.0), dermoscopy))
 
-
 @pytest.mark.parametrize("reading", ["cross", "swapped"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_swapping_inputs_swaps_outputs_only_if_shared(shared, reading):
@@ -152,7 +135,6 @@ def test_swapping_inputs_swaps_outputs_only_if_shared(shared, reading):
     one, other = module(clinical, dermoscopy), module(dermoscopy, clinical)
     largest = max((one[0] - other[1]).abs().max(), (one[1] - other[0]).abs().max())
     assert (largest < 1e-12) == shared
-
 
 @pytest.mark.parametrize("reading", ["cross", "swapped"])
 def test_attention_at_are_the_rows_that_forward_uses(reading):
@@ -165,7 +147,6 @@ def test_attention_at_are_the_rows_that_forward_uses(reading):
     for name, v, added in (("clinical", v_c, refined[0] - clinical), ("dermoscopy", v_d, refined[1] - dermoscopy)):
         close(weights[name].sum((1, 2)), torch.ones(3))
         close(torch.einsum("bn,bnc->bc", weights[name].flatten(1), v), added[:, :, row, column])
-
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_it_starts_as_the_identity_and_opens_at_the_recipes_rate(shared):
@@ -188,20 +169,16 @@ def test_it_starts_as_the_identity_and_opens_at_the_recipes_rate(shared):
     assert moved[-1] > 1.5 * moved[100], "it stopped opening"
     assert torch.equal(refined[1], dermoscopy) == (not shared)
 
-
 def test_unknown_reading_is_refused():
     with pytest.raises(ValueError, match="choose cross or swapped"):
         CrossAttention(16, reading="both")
 
-
 # ----------------------------------------------------------------------------------------------- AsymmetricAttention
-
 
 def test_asymmetric_starts_as_the_identity():
     clinical, dermoscopy = unequal_maps()
     refined = AsymmetricAttention(6, 16).double()(clinical, dermoscopy)
     assert refined[0] is clinical and torch.equal(refined[1], dermoscopy)
-
 
 def test_asymmetric_equals_multihead_attention():
     module, (clinical, dermoscopy) = opened(AsymmetricAttention(6, 16)), unequal_maps()
@@ -211,7 +188,6 @@ def test_asymmetric_equals_multihead_attention():
     close(ours, theirs)
     same_gradients(ours, theirs, (clinical, dermoscopy))
 
-
 def test_asymmetric_information_flows_one_way():
     module, (clinical, dermoscopy) = opened(AsymmetricAttention(6, 16)), unequal_maps()
     refined_c, refined_d = module(clinical, dermoscopy)
@@ -220,7 +196,6 @@ def test_asymmetric_information_flows_one_way():
     assert torch.equal(changed_c, refined_c) and torch.equal(refined_c, clinical)
     assert (changed_d - refined_d).abs().amin((1, 2, 3)).max() > 0  # every value of an image moves
     assert (changed_d - refined_d).abs().amax((1, 2, 3)).min() > 0.01  # every image moves
-
 
 def test_asymmetric_attention_at_are_the_rows_that_forward_uses():
     module, (clinical, dermoscopy) = opened(AsymmetricAttention(6, 16)), unequal_maps()
