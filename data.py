@@ -285,9 +285,10 @@ def group_lesions(release):
     lesions_with.pop("", None)  # unknown patients
     group, twins = np.arange(len(release.cases)), []
     for shared, lesions in lesions_with.items():
-        group[np.isin(group, group[lesions])] = group[lesions].min()
-        if len(lesions) > 1 and shared not in release.patients:
-            twins.append(" and ".join(release.cases[n] for n in lesions))
+        if len(lesions) > 1:
+            group[np.isin(group, group[lesions])] = group[lesions].min()  # all their groups become one
+            if shared not in release.patients:
+                twins.append(" and ".join(release.cases[n] for n in lesions))
     if twins:
         release.notes.append(f"WARNING: one photo stands for two, in {listed(twins)}")
     return group
