@@ -476,8 +476,8 @@ def invent_signs(rng):
         p = [regular * (1 - malignant), irregular * malignant]
         absent, *present = SPC_TASKS[task]  # two classes, or one if the odds of a regular one are 0
         signs[task] = rng.choice([absent, present[0], present[-1]], p=[1 - sum(p), *p])
-    irregular = [task for task, sign in signs.items() if sign in ("ATP", "IR", "PRS")]
-    points = sum(2 if task in ("PN", "BWV", "VS") else 1 for task in irregular)  # major and minor criteria
+    found = [task for task, sign in signs.items() if sign in ("ATP", "IR", "PRS")]
+    points = sum(2 if task in ("PN", "BWV", "VS") else 1 for task in found)  # major and minor criteria
     if signs["DIAG"] == "NEV" and (points >= 3) != (rng.random() < 0.06):  # the rule errs in 6 of 100
         signs["DIAG"] = "MEL"
     return signs
