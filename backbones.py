@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
-from torchvision.ops import Permute
+from torchvision.ops import Permute, StochasticDepth
 
 class WeightsError(ValueError):
     """Weights that are missing or do not fit; the message says which and what to do."""
@@ -43,20 +43,6 @@ class Encoder(nn.Module):
 
     def pool(self, last):
         return last.mean((2, 3))
-
-class DropPath(nn.Module):
-    """The residual sum x + y with stochastic depth: in training an image loses its y with probability p, and a y that
-    stays is divided by 1 - p, which keeps the expected sum."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x, y):
-        if not self.training or self.p == 0:
-            return x + y
-        keep = torch.empty((len(y), 1, 1, 1), dtype=y.dtype, device=y.device).bernoulli_(1 - self.p)
-        return torch.addcmul(x, y, keep / (1 - self.p))  # x + y * keep / (1 - p), in one pass over the map
 
 # ------------------------------------------------------------------------------------------------------------ ConvNeXt
 
@@ -78,13 +64,13 @@ class ConvNeXtBlock(nn.Module):
         self.act = nn.GELU()
         self.pwconv2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels, 1, 1), 1e-6))  # layer scale
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x):
         y = self.dwconv(x).permute(0, 2, 3, 1)  # (B, H, W, C)
         y = self.act(self.pwconv1(self.norm(y)))  # (B, H, W, 4C)
         y = self.pwconv2(y).permute(0, 3, 1, 2)  # (B, C, H, W)
-        return self.drop_path(x, self.gamma * y)
+        return x + self.drop_path(self.gamma * y)
 
 class ConvNeXt(Encoder):
     """ConvNeXt (Liu et al. 2022): patches of 4x4, then 4 stages; each but the first begins by halving the map."""
@@ -94,7 +80,7 @@ class ConvNeXt(Encoder):
         self.channels = channels
         self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 4, stride=4), LayerNorm2d(channels[0], eps=1e-6))
         self.stages = nn.ModuleList()
-        rates = [0.1 * i / (sum(depths) - 1) for i in range(sum(depths))]  # of DropPath: rising from block to block
+        rates = [0.1 * i / (sum(depths) - 1) for i in range(sum(depths))]  # of stochastic depth, rising
         for i, depth in enumerate(depths):
             stage = nn.Sequential()
             if i > 0:
@@ -233,14 +219,14 @@ class SwinBlock(nn.Module):
         self.attn = Attention(channels, heads, window, shift)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x):  # (B, H, W, C)
         if self.v2:
-            x = self.drop_path(x, self.norm1(self.attn(x)))
-            return self.drop_path(x, self.norm2(self.mlp(x)))
-        x = self.drop_path(x, self.attn(self.norm1(x)))
-        return self.drop_path(x, self.mlp(self.norm2(x)))
+            x = x + self.drop_path(self.norm1(self.attn(x)))
+            return x + self.drop_path(self.norm2(self.mlp(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 class PatchMerging(nn.Module):
     """2x2 tokens become one: side by side 4C channels, normalised, reduced to 2C (V2: reduced, then normalised)."""
@@ -268,7 +254,7 @@ class Swin(Encoder):
         self.channels, depths, heads = (96, 192, 384, 768), (2, 2, 6, 2), (3, 6, 12, 24)
         self.stem = nn.Sequential(nn.Conv2d(3, self.channels[0], 4, stride=4), LayerNorm2d(self.channels[0]))
         self.stages = nn.ModuleList()
-        rates = [0.2 * i / (sum(depths) - 1) for i in range(sum(depths))]  # of DropPath: rising from block to block
+        rates = [0.2 * i / (sum(depths) - 1) for i in range(sum(depths))]  # of stochastic depth, rising
         for i in range(4):
             merge = PatchMerging(self.channels[i - 1], v2) if i > 0 else nn.Identity()
             blocks = nn.Sequential()

@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import unicodedata
-import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -299,7 +298,6 @@ def make_split(release, group, path):
     enough = len(set(group)) >= 10 and np.bincount(classes + 1).max() >= 10
     require(enough, f"{path}: fewer than 10 independent lesions, or no class has 10; give a column split")
     tenths = ("test", "valid") if release.kind == "ham" else ("test", "test", "valid")  # MAT, 3.1; paper, Sec. 4.2
-    warnings.filterwarnings("ignore", "The least populated class")
     folds = StratifiedGroupKFold(10, shuffle=True, random_state=0).split(classes, classes, group)
     release.split = np.full(len(classes), "train")
     for name, (_, rows) in zip(tenths, folds):
@@ -313,8 +311,7 @@ def check(release, path):
     names = [f"{case} ({split})" for case, split in zip(release.cases, release.split)]
     leaks = [f"{names[n]} and {names[group[n]]}" for n in np.flatnonzero(release.split != release.split[group])]
     require(release.published or not leaks, f"{path}: a patient or photo in two splits, move a lesion: {listed(leaks)}")
-    for split in SPLITS:
-        require(split in release.split, f"{path}: no lesion in {split}")
+    require(set(release.split) == set(SPLITS), f"{path}: no lesion in one of {', '.join(SPLITS)}")
     for t, (task, classes) in enumerate(release.tasks.items()):
         require(len(classes) <= max(20, len(release.cases) // 10), f"{path}: {task}: {len(classes)} classes? Remove it")
         learned = set(release.labels[release.rows("train"), t]) - {-1}
@@ -337,8 +334,6 @@ def decode(path, size):
             image.load()
             with suppress(Exception):  # it turns the photo, then rewrites its EXIF, which may fail
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.array(image.convert("RGB").resize((size, size), Image.BILINEAR))
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
         raise DataError(f"{path}: {error}") from error
@@ -442,9 +437,6 @@ def as_words(metadata, vocabulary, N):
 
 def synthesize(folder, cases=1011, height=256, seed=0):
     """Draw a synthetic SPC in derm7pt's layout, with masks, into a folder that appears whole or not at all."""
-    folder = Path(folder)
-    if folder.exists():
-        return folder
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     for part in ("images", "meta"):
         (temporary / part).mkdir(parents=True)
@@ -464,64 +456,54 @@ def synthesize(folder, cases=1011, height=256, seed=0):
     with suppress(OSError):  # another run may have drawn the same lesions meanwhile
         os.rename(temporary, folder)
     shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 def invent_signs(rng):
-    """A class for each task, about as often as published; between nevus and melanoma the seven-point rule decides."""
+    """A class for each task, irregular ones where the lesion is malignant; the seven-point rule makes a melanoma."""
     malignant = rng.beta(0.6, 1.1)  # how malignant the lesion is, from 0 to 1
-    odds = {"PN": (0.75, 0.7), "STR": (0.2, 0.75), "PIG": (0.2, 0.85), "RS": (0, 0.75), "DaG": (0.5, 1.0),
-            "BWV": (0, 0.5), "VS": (0.15, 0.2)}  # regular if malignant is 0; irregular or present if it is 1
-    signs = {"DIAG": rng.choice(["NEV", "MISC", "SK", "BCC"], p=[0.82, 0.1, 0.04, 0.04])}
-    for task, (regular, irregular) in odds.items():
-        p = [regular * (1 - malignant), irregular * malignant]
-        absent, *present = SPC_TASKS[task]  # two classes, or one if the odds of a regular one are 0
-        signs[task] = rng.choice([absent, present[0], present[-1]], p=[1 - sum(p), *p])
-    found = [task for task, sign in signs.items() if sign in ("ATP", "IR", "PRS")]
-    points = sum(2 if task in ("PN", "BWV", "VS") else 1 for task in found)  # major and minor criteria
-    if signs["DIAG"] == "NEV" and (points >= 3) != (rng.random() < 0.06):  # the rule errs in 6 of 100
-        signs["DIAG"] = "MEL"
-    return signs
+    signs, points = {}, 0
+    for task in list(SPC)[1:]:
+        absent, *regular, irregular = SPC_TASKS[task]
+        signs[task] = rng.choice([absent, absent, absent, *regular])
+        if rng.random() < 0.7 * malignant:
+            signs[task] = irregular
+            points += 2 if task in ("PN", "BWV", "VS") else 1  # major and minor criteria
+    mole = "MEL" if points >= 3 else "NEV"
+    return signs | {"DIAG": rng.choice([mole, "MISC", "SK", "BCC"], p=[0.82, 0.1, 0.04, 0.04])}
 
 def draw_lesion(signs, rng, height):
     """Clinical and dermoscopy photo, both (H, W, 3), and the mask (H, W) of the lesion in the second, all uint8."""
     H, W = height, height * 3 // 2  # y, x and all lengths are in units of H, places are from the centre
     y, x = np.meshgrid(np.linspace(-0.5, 0.5, H), np.linspace(-0.75, 0.75, W), indexing="ij")
+    angle = np.arctan2(y, x)
     colours = {"NEV": (168, 112, 78), "MEL": (168, 112, 78), "BCC": (222, 150, 150), "SK": (140, 118, 96),
-               "MISC": (190, 120, 105), "PN": (75, 45, 28), "STR": (55, 33, 25), "PIG": (80, 50, 30),
-               "RS": (240, 228, 224), "DaG": (45, 28, 24), "BWV": (100, 120, 165), "VS": (200, 30, 50)}
-    def noise(size):  # smooth hills and valleys of that size, from -1 to 1
-        coarse = rng.uniform(-1, 1, (int(1 / size) + 2, int(1.5 / size) + 2)).astype(np.float32)
-        return np.asarray(Image.fromarray(coarse).resize((W, H), Image.BICUBIC))
-    def blob(place, size):  # 1 at the place, fading to 0 around it
-        return np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / size ** 2)
-
-    image = np.array([232, 190, 170]) * rng.uniform(0.9, 1.04) + 5 * noise(0.3)[..., None]  # skin
-    depth = rng.uniform(0.32, 0.4) + 0.04 * noise(0.2) - np.hypot(y, x)  # to the wavy outline; < 0 outside
-    lesion = np.clip(depth / 0.03, 0, 1)  # the mask with a soft edge
-    image += lesion[..., None] * (colours[signs["DIAG"]] - image)
-
-    marked = {task: sign for task, sign in signs.items() if task != "DIAG" and sign != "absent"}
-    for task, sign in marked.items():  # a mark for each criterion
-        place, size, strength = (0, 0), 1, 0.7
-        if sign in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, darker
-            place, size, strength = rng.choice([-0.15, 0.15], 2), 1.5, 0.95
-        mark = blob(place, 0.12 * size)  # PIG, RS, BWV: a patch of brown, white or blue
-        if task == "PN":  # a mesh
-            mark = blob(place, 0.35) * (np.maximum(np.cos(100 / size * x), np.cos(100 / size * y)) > 0.6)
-        if task == "STR":  # rays at the edge
-            mark = blob(place, 0.35) * (depth < 0.1 * size) * (np.cos(30 / size * np.arctan2(y, x)) > 0.3)
-        if task == "DaG":  # dots
-            mark = blob(place, 0.25) * (np.cos(70 / size * x) + np.cos(70 / size * y) > 1.3)
-        if task == "VS":  # winding lines
-            mark = blob(place, 0.35) * (np.abs(noise(0.12 * size)) < 0.1)  # where the noise is near 0
-        image += (strength * lesion * mark)[..., None] * (colours[task] - image)
+               "MISC": (190, 120, 105), "PIG": (100, 62, 40), "RS": (240, 228, 224), "BWV": (100, 120, 165),
+               "PN": (75, 45, 28), "STR": (55, 33, 25), "DaG": (45, 28, 24), "VS": (200, 30, 50)}
+    patterns = {"PN": np.maximum(np.cos(100 * x), np.cos(100 * y)) > 0.6,  # a mesh
+                "STR": np.cos(12 * angle) > 0.4,  # rays
+                "DaG": np.cos(70 * x) + np.cos(70 * y) > 1.2,  # dots
+                "VS": np.abs(np.sin(20 * x + 2 * np.cos(25 * y))) < 0.2}  # winding lines
+    radius = rng.uniform(0.32, 0.4) + 0.03 * np.cos(rng.integers(2, 6) * angle + rng.uniform(0, 6))  # of a wavy outline
+    depth = radius - np.hypot(y, x)  # > 0 inside
+    lesion = np.clip(depth / 0.03, 0, 1)[..., None]  # the mask with a soft edge
+    image = np.full((H, W, 3), (232, 190, 170)) * rng.uniform(0.9, 1.04)  # skin
+    image += lesion * (colours[signs["DIAG"]] - image)
+    for task, colour in colours.items():  # a mark for each criterion: patches of colour, then patterns over them
+        sign = signs.get(task, "absent")
+        if sign != "absent":
+            place, size, strength = (0, 0), 0.3, 0.7
+            if sign in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, darker
+                place, size, strength = rng.choice([-0.15, 0.15], 2), 0.35, 1
+            blob = np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / size ** 2)  # 1 at the place, fading around it
+            mark = strength * blob * patterns.get(task, 1)
+            image += lesion * mark[..., None] * (colour - image)
     dermoscopy = image.clip(0, 255).astype(np.uint8)
 
     # The clinical photo: the same lesion at half the size, anywhere, blurred, in uneven light, with grain.
     top, left = rng.integers(H), rng.integers(W)
     wide = np.pad(dermoscopy, ((top, H - top), (left, W - left), (0, 0)), "edge")
-    blurred = np.asarray(Image.fromarray(wide).resize((W, H)).filter(ImageFilter.GaussianBlur(0.015 * H)))
-    clinical = blurred * (rng.uniform(0.85, 1.05) + 0.2 * noise(2)[..., None]) + rng.normal(0, 5, image.shape)
+    blurred = np.asarray(Image.fromarray(wide).resize((W, H)).filter(ImageFilter.GaussianBlur(0.02 * H)))
+    light = rng.uniform(0.8, 1.05) + rng.uniform(-0.3, 0.3) * x[..., None]
+    clinical = blurred * light + rng.normal(0, 5, image.shape)
     return clinical.clip(0, 255).astype(np.uint8), dermoscopy, np.uint8(255 * (depth > 0))
 
 def speak(main, *mendable):
@@ -549,9 +531,8 @@ def main(argv=None):
             strip = np.full_like(release.pixels[:4], 255)  # (4, V, S, S, 3)
             strip[:len(lesions)] = release.pixels[lesions[:4]]
             strips.append(np.hstack(strip.reshape(-1, *strip.shape[2:])))
-    path = Path(f"runs/{Path(args.path).resolve().stem}-contact-sheet.png")
-    with whole(path) as temporary:
-        Image.fromarray(np.vstack(strips)).save(temporary, "PNG")
+    path = f"runs/{Path(args.path).resolve().stem}-contact-sheet.png"
+    Image.fromarray(np.vstack(strips)).save(path)  # beside the cache
     print(f"lesions of each class, a row for each line above: {path}")
 
 if __name__ == "__main__":

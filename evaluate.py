@@ -28,6 +28,7 @@ from torchvision.transforms.functional import gaussian_blur
 import data
 import model
 from loss import branch_loss
+from model import RunError
 
 STEPS = 20  # branch weights are multiples of 1/20 (ours: 203 validation cases cannot tell finer)
 RESAMPLES = 1000  # of the bootstrap (ours)
@@ -41,9 +42,6 @@ PAPER = {
 # do if PRE and SEN change places and SPE is the negative predictive value. So "sensitivity 64.1" is a precision.
 PAPER_TABLE_4 = {"DIAG/MEL": (101, 66, 24), "PN/ATP": (93, 53, 32), "STR/IR": (94, 49, 36), "PIG/IR": (124, 80, 37),
                  "RS/PRS": (106, 56, 17), "DaG/IR": (177, 138, 56), "BWV/PRS": (75, 55, 24), "VS/IR": (30, 5, 10)}
-
-class RunError(ValueError):
-    """A run's folder that cannot be used. The message says why and what to do."""
 
 # N lesions. tasks: task -> classes; split: "valid" or "test"; labels (N, T), -1 unknown; metadata: column -> N texts;
 # branches: branch -> probabilities (N, K), tasks side by side; overlaps of the masks: "jaccard", "dice" -> (N,).
@@ -193,13 +191,6 @@ def difference(ours, theirs):
                 gaps[name] += sign * samples / len(group)
     return {name: [float(gap[:, 0].mean()), *interval(gap)] for name, gap in gaps.items()}
 
-def calibration_error(probabilities, labels, tasks):
-    """Expected calibration error, all tasks pooled: per bin of confidence its distance from accuracy, by count."""
-    confidence = np.stack([part.max(1) for part in by_task(probabilities, tasks)], 1)[labels >= 0]
-    correct = hits(probabilities, labels, tasks).compressed()
-    bins = np.minimum(confidence * 15, 14).astype(int)  # 15 bins (ours)
-    return float(np.abs(np.bincount(bins, confidence - correct)).sum() / len(bins))
-
 def subgroups(p):
     """The answer's test metrics for each value of each column of metadata; ages in bands of 20 years."""
     groups, answer = defaultdict(list), answer_of(p.branches)
@@ -215,12 +206,6 @@ def load_checkpoint(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file, none of them says which
         raise RunError(f"{path}: missing or damaged ({error}). Not finished? train.py --resume goes on") from error
-
-def load_network(saved, device):
-    num_classes = [len(classes) for classes in saved["tasks"].values()]
-    network = model.make(saved["flags"], num_classes, len(saved["vocabulary"])).to(device).eval()
-    network.load_state_dict(saved["state"])
-    return network
 
 def write(path, text):
     """Writes the whole file or none. Where nothing may be written that is said, and the tables are still printed."""
@@ -295,8 +280,6 @@ def finish(folder, p, decided):
             found["intervals"] = {name: interval(samples) for name, samples in resampled.items()}
         results["means"] = {name: found[name] for name in MEANS if name in found}  # of the last branch: the answer
         results["incomplete"] = max(int(np.ma.getmaskarray(samples).any(0).sum()) for samples in resampled.values())
-        both = answer_of(p.branches), written["calibrated"]
-        results["calibration_error"] = [calibration_error(each[test], labels, p.tasks) for each in both]
         results["subgroups"] = subgroups(p)
     for name, values in p.overlaps.items():
         samples = np.ma.array([resamples(labels) @ values[test] / len(labels)])  # (1, 1 + R)
@@ -307,7 +290,7 @@ def finish(folder, p, decided):
 
 def with_answers(p, saved, release, device):
     """The lesions of `p`, found by name in the release, with the answers of the saved network."""
-    network = load_network(saved, device)
+    network = model.load(saved, device)
     if not set(network.reads) <= {*release.views, "words"}:
         raise RunError(f"the run reads {' and '.join(network.reads)}; this release has {' and '.join(release.views)}")
     rows = [release.cases.index(case) for case in p.cases]
@@ -343,16 +326,15 @@ def evaluate_new(run, path, cache, device, rule="near"):
 
 def labels_for(tasks, release):
     """The release's labels (N, T) as classes of these tasks, matched by name; -1 where the run has no such class."""
-    labels, places = np.full((len(release.cases), len(tasks)), -1), {}  # places: class -> the numbers of task and class
+    labels, lesions_of_class = np.full((len(release.cases), len(tasks)), -1), {}
+    for t, (task, classes) in enumerate(release.tasks.items()):
+        for k, name in enumerate(classes):
+            lesions_of_class[data.same_text(f"{task}/{name}")] = release.labels[:, t] == k
     for t, (task, classes) in enumerate(tasks.items()):
-        places |= {data.same_text(f"{task}/{name}"): (t, k) for k, name in enumerate(classes)}
-    for s, (task, classes) in enumerate(release.tasks.items()):
-        for j, name in enumerate(classes):
-            if data.same_text(f"{task}/{name}") in places:
-                t, k = places[data.same_text(f"{task}/{name}")]
-                labels[release.labels[:, s] == j, t] = k
-            else:
-                print(f"WARNING: the run has no class {task}/{name}; its labels are left out")
+        for k, name in enumerate(classes):
+            labels[lesions_of_class.pop(data.same_text(f"{task}/{name}"), []), t] = k
+    if lesions_of_class:
+        print(f"WARNING: the run has no class {', '.join(lesions_of_class)}; labels of it are left out")
     return labels
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -398,10 +380,8 @@ def print_tables(results, compare=False):
     rows = {group: [each.get(name, "") for name in ("lesions", *means)] for group, each in groups.items()}
     print_table(f"means (%), and of {answer} in subgroups", ["lesions", *(MEANS[name] for name in means)], rows)
     weights = [f"{branch} {weight:.2f}" for branch, weight in decided["weights"].items()]
-    temperature, (before, after) = decided["temperature"], results["calibration_error"]
-    print(f"{results['incomplete']} of {RESAMPLES} resamples lack a class; their mean AUC is without it\n"
-          f"found on validation: weights ({decided['rule']}) {', '.join(weights)}; temperature {temperature:.2f}\n"
-          f"calibration error of {answer} {100 * before:.1f}%, at this temperature {100 * after:.1f}%")
+    print(f"{results['incomplete']} of {RESAMPLES} resamples lack a class; their mean AUC is without it\nfound on "
+          f"validation: weights ({decided['rule']}) {', '.join(weights)}; temperature {decided['temperature']:.2f}")
 
 def print_groups(saved, results):
     """Mean and standard deviation of the runs' answers, a row for each setting of the flags that make a method."""
@@ -422,7 +402,7 @@ def one_lesion(run, paths, about, device, rule="near"):
     """Prints the answer for the photos `paths`, view -> path, and the patient `about`, column -> [text], and draws its
     picture. Returns the answer: task -> {class: probability}."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
-    network, vocabulary, size = load_network(saved, device), saved["vocabulary"], saved["flags"]["image_size"]
+    network, vocabulary, size = model.load(saved, device), saved["vocabulary"], saved["flags"]["image_size"]
     needed = [view for view in data.VIEWS if view in network.reads]
     photos = {view: data.decode(Path(paths[view]), size) for view in needed if view in paths}
     if not photos:
@@ -444,9 +424,9 @@ def one_lesion(run, paths, about, device, rule="near"):
     pixels = torch.tensor(np.stack(list(photos.values())), device=device)[None].float().requires_grad_()
     inputs = data.as_inputs(pixels, photos)
     inputs["words"] = torch.from_numpy(data.as_words(about, vocabulary, 1)).to(device)
-    seen, pooled = [], []  # what enters the second stage's attention, and what CLNet's classifier pools
-    if len(photos) == 2 and getattr(network, "attentions", None):
-        network.attentions[1].register_forward_pre_hook(lambda module, maps: seen.extend(maps))
+    reads, pooled = {}, []  # what the second stage's attention reads of each photo; what CLNet's classifier pools
+    if len(photos) == 2 and network.attentions:
+        network.attentions[1].register_forward_pre_hook(lambda module, maps: reads.update(module.read_of(*maps)))
     if saved["flags"]["model"] == "clnet" and weights:
         before = [*network.encoders[0].stages, *network.fusions][-1]
         before.register_forward_hook(lambda module, inputs, output: pooled.append(output))
@@ -466,23 +446,19 @@ def one_lesion(run, paths, about, device, rule="near"):
         w = of_pooled[0].mean((2, 3), keepdim=True)  # Eq. 2
         heats = (w * pooled[0]).relu().sum(1)  # Eq. 3: (1, H_4, W_4)
     path = Path(run) / f"lesion-{Path(paths[first]).stem}.png"
-    draw(path, text, network, photos, heats, seen, outputs.get("mask"))
-    print(f"{text}the photos, what counts in them and what they read: {path}\nFor research: this is no medical device.")
+    draw(path, text, photos, heats, reads, outputs.get("mask"))
+    print(f"{text}the photos, what counts in them and what is read of them: {path}")
+    print("For research: this is no medical device.")
     return answer
 
-def draw(path, text, network, photos, heats, seen, mask):
-    """Each photo, followed by what counts in it (heats (V, S, S)), by what its hottest place reads after the second
-    stage, and by the outline that was found; under them the text."""
-    panels, size = [], heats.shape[-1]
+def draw(path, text, photos, heats, reads, mask):
+    """Each photo, followed by what counts in it (heats (V, S, S)), by what is read of it after the second stage, and
+    by the outline that was found; under them the text."""
+    panels = []
     for v, (view, photo) in enumerate(photos.items()):
         panels += [photo, overlay(photo, heats[v])]
-        if seen:
-            attention, (H, W) = network.attentions[1], seen[1].shape[2:]
-            row, column = divmod(int(heats[v].argmax()), size)
-            reads = attention.attention_at(*seen, row * H // size, column * W // size)
-            source = photo if getattr(attention, "reading", "") == "swapped" else list(photos.values())[1 - v]
-            if view in reads:
-                panels.append(overlay(source, reads[view][0]))
+        if view in reads:
+            panels.append(overlay(photo, reads[view][0]))
         if mask is not None:
             inside = (mask[0] > 0).float()  # (1, H, W)
             panels.append(overlay(photo, (F.max_pool2d(inside, 3, 1, 1) - inside)[0]))
@@ -497,12 +473,6 @@ def overlay(photo, heat):
     heat = 0.8 * heat / max(heat.max(), 1e-30)
     heat = np.asarray(Image.fromarray(heat).resize(photo.shape[:2], Image.BILINEAR))[..., None]
     return (photo * (1 - heat) + np.array([255, 80, 0]) * heat).astype(np.uint8)
-
-def find_device(name=None):
-    try:
-        return torch.empty(1, device=name or torch.accelerator.current_accelerator(True) or "cpu").device
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 def main(argv=None):
     """Prints what the flags ask for; returns the results of the first run, or the probabilities of one lesion."""
@@ -519,7 +489,7 @@ def main(argv=None):
         add(f"--{view}", metavar="PHOTO", help="a photo of one lesion")
     add("--about", nargs="+", default=[], metavar="WORD", help="one lesion: its patient, such as age=45 sex=female")
     args = parser.parse_args(argv)
-    device, runs = find_device(args.device), args.runs + args.against
+    device, runs = model.find_device(args.device), args.runs + args.against
     paths = {view: getattr(args, view) for view in data.VIEWS if getattr(args, view)}
     if (paths or args.about) and (args.data or args.compare_paper or len(runs) > 1 or not paths):
         parser.error("--clinical, --dermoscopy and --about ask one run about one lesion, and nothing else")

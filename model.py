@@ -30,6 +30,9 @@ from shared_attention import AsymmetricAttention, CrossAttention
 
 SPC_CLASSES = (5, 3, 3, 3, 2, 3, 2, 3)  # DIAG PN STR PIG RS DaG BWV VS: 24 outputs
 
+class RunError(ValueError):
+    """A run, or a device for it, that cannot be used. The message says why and what to do."""
+
 class Classifier(nn.Module):
     """(B, features) -> T logit tensors (B, n_t). Layers and rate are those of the authors' earlier public code,
     FusionM4Net; with them every parameter count of the paper comes out."""
@@ -296,6 +299,20 @@ def make(flags, num_classes, num_words=0, pretrained=False):
         return CLNet(backbone, num_classes, weights, flags["tasks"])
     return PEMM(backbone, num_classes, weights, flags["encoder"], flags["fusion"], flags["classifiers"],
                 flags["reading"])
+
+def load(saved, device):
+    """The network whose weights are in `saved`, a run's model.pt."""
+    num_classes = [len(classes) for classes in saved["tasks"].values()]
+    network = make(saved["flags"], num_classes, len(saved["vocabulary"])).to(device).eval()
+    network.load_state_dict(saved["state"])
+    return network
+
+def find_device(name=None):
+    """The device of that name, else the accelerator that is here, else the CPU."""
+    try:
+        return torch.empty(1, device=name or torch.accelerator.current_accelerator(True) or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 def count_parameters(model, as_in_paper=True):
     """Number of parameters. The paper counts each encoder with its unused 1000-class ImageNet classifier, which our

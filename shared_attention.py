@@ -21,23 +21,27 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-def plain_attention(q, k, v, scale):
-    scores = q @ k.transpose(1, 2) * scale  # (B, N, d), (B, N, d) -> (B, N, N): how well each query fits each key
-    return scores.softmax(-1) @ v  # (B, N, C): for each query a weighted mean of the values
+def attention_weights(q, k):
+    scores = q @ k.transpose(-2, -1)  # (B, N, d), (B, N, d) -> (B, N, N): how well each query fits each key
+    return scores.softmax(-1)
+
+def plain_attention(q, k, v):
+    return attention_weights(q, k) @ v  # (B, N, C): for each query a weighted mean of the values
 
 def tokens(x):
     return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
 
-def refined(x, q, k, v, scale):
-    return x + attend(q, k, v, scale).transpose(1, 2).view(x.shape)  # what was read, (B, N, C) -> (B, C, H, W)
+def refined(x, q, k, v):
+    return x + attend(q, k, v).transpose(1, 2).view(x.shape)  # what was read, (B, N, C) -> (B, C, H, W)
 
 class Projections(nn.Module):
-    """The three convolutions of Fig. 3. On tokens, a 1x1 convolution is a linear layer."""
+    """The three convolutions of Fig. 3. On tokens, a 1x1 convolution is a linear layer. Queries come scaled."""
 
-    def __init__(self, channels, source_channels):  # of the map that reads, and of the map that is read
+    def __init__(self, channels, source_channels, scale):  # channels of the map that reads, and of the map that is read
         super().__init__()
+        self.scale = scale
         self.query = nn.Linear(channels, channels // 8)
         self.key = nn.Linear(source_channels, channels // 8)
         self.value = nn.Linear(source_channels, channels)
@@ -45,7 +49,7 @@ class Projections(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, x, source):
-        return self.query(x), self.key(source), self.value(source)  # (B, N, d), (B, N, d), (B, N, C)
+        return self.query(x) * self.scale, self.key(source), self.value(source)  # (B, N, d), (B, N, d), (B, N, C)
 
 class CrossAttention(nn.Module):
     """(clinical, dermoscopy) -> (clinical, dermoscopy), each (B, C, H, W), each refined by what it read.
@@ -56,8 +60,8 @@ class CrossAttention(nn.Module):
         if reading not in ("cross", "swapped"):
             raise ValueError(f"reading is {reading!r}: choose cross or swapped")
         self.reading = reading
-        self.scale = (channels // 8) ** -0.5 if reading == "cross" else 1.0
-        self.projections = nn.ModuleList(Projections(channels, channels) for _ in range(1 if shared else 2))
+        scale = (channels // 8) ** -0.5 if reading == "cross" else 1.0
+        self.projections = nn.ModuleList(Projections(channels, channels, scale) for _ in range(1 if shared else 2))
 
     def project(self, clinical, dermoscopy):
         """The (q, k, v) that refine the clinical map, and the (q, k, v) that refine the dermoscopy map."""
@@ -70,86 +74,53 @@ class CrossAttention(nn.Module):
 
     def forward(self, clinical, dermoscopy):
         for_clinical, for_dermoscopy = self.project(clinical, dermoscopy)
-        return refined(clinical, *for_clinical, self.scale), refined(dermoscopy, *for_dermoscopy, self.scale)
+        return refined(clinical, *for_clinical), refined(dermoscopy, *for_dermoscopy)
 
-    def attention_at(self, clinical, dermoscopy, row, column):
-        """Where each reads for its place (row, column): (B, H, W) of the other photo, or in "swapped" of its own."""
-        for_clinical, for_dermoscopy = self.project(clinical, dermoscopy)
-        place = row * clinical.shape[3] + column
-        return {"clinical": attention_of(place, *for_clinical, self.scale, dermoscopy),
-                "dermoscopy": attention_of(place, *for_dermoscopy, self.scale, clinical)}
+    def read_of(self, clinical, dermoscopy):
+        """How much is read at each place of the two photos: (B, H, W) each."""
+        of_dermoscopy, of_clinical = self.project(clinical, dermoscopy)  # what refines one modality is of the other
+        if self.reading == "swapped":  # here it is of its own
+            of_dermoscopy, of_clinical = of_clinical, of_dermoscopy
+        return {"clinical": weights_on(clinical, *of_clinical), "dermoscopy": weights_on(dermoscopy, *of_dermoscopy)}
 
-def attention_of(place, q, k, _, scale, source):
-    scores = k @ q[:, place, :, None] * scale  # (B, N, d), one query an image (B, d, 1) -> (B, N, 1)
-    return scores.softmax(1).view(len(k), *source.shape[2:])  # (B, H, W)
+def weights_on(source, q, k, v):
+    return attention_weights(q, k).mean(1).view(len(k), *source.shape[2:])  # mean over the queries: (B, H, W)
 
 class AsymmetricAttention(nn.Module):
     """AMMFM's: dermoscopy reads clinical, nothing flows back. The two maps may differ in channels and in size."""
 
     def __init__(self, clinical_channels, dermoscopy_channels):
         super().__init__()
-        self.scale = (dermoscopy_channels // 8) ** -0.5
-        self.projections = Projections(dermoscopy_channels, clinical_channels)
+        self.projections = Projections(dermoscopy_channels, clinical_channels, (dermoscopy_channels // 8) ** -0.5)
 
     def forward(self, clinical, dermoscopy):
-        q, k, v = self.projections(tokens(dermoscopy), tokens(clinical))
-        return clinical, refined(dermoscopy, q, k, v, self.scale)
-
-    def attention_at(self, clinical, dermoscopy, row, column):
         for_dermoscopy = self.projections(tokens(dermoscopy), tokens(clinical))
-        place = row * dermoscopy.shape[3] + column
-        return {"dermoscopy": attention_of(place, *for_dermoscopy, self.scale, clinical)}
+        return clinical, refined(dermoscopy, *for_dermoscopy)
+
+    def read_of(self, clinical, dermoscopy):
+        of_clinical = self.projections(tokens(dermoscopy), tokens(clinical))
+        return {"clinical": weights_on(clinical, *of_clinical)}
 
 # --------------------------------------------------------- the method is complete above; from here on it is about speed
 
 LARGE = 32 ** 2  # places of a map; up to here the plain formula is fastest
-BLOCK = 2 ** 20  # weights computed at a time: 4 MB of float32, about what a core's cache holds
+BLOCK = 512  # queries at a time: with 56 x 56 keys their weights are 6 MB of float32, which a processor's cache holds
 
-def attend(q, k, v, scale):
+def attend(q, k, v):
     """The fast twin of plain_attention: the same, in the best way for this device and size."""
     if q.device.type != "cpu":
         pad = (0, -q.shape[-1] % 8)  # the fast GPU kernel wants q and k in multiples of 8 channels (16 bytes)
         q, k, v = F.pad(q, pad)[:, None], F.pad(k, pad)[:, None], v[:, None]  # one head
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)[:, 0]
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0]
     if k.shape[1] <= LARGE:
-        return plain_attention(q, k, v, scale)
-    return BlockedAttention.apply(q, k * scale, v)
-
-class BlockedAttention(torch.autograd.Function):
-    """softmax(q k^T) v, in parts. backward computes the weights again: to keep them takes 39 MB an image at 56 x 56."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = v.new_empty(*q.shape[:2], v.shape[2])  # (B, N, C)
-        for image, rows in blocks(q, k):
-            out[image, rows] = (q[image, rows] @ k[image].T).softmax(-1) @ v[image]
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        q, k, v, out = ctx.saved_tensors
-        # S = q k^T, P = softmax(S), out = P v. Then dP = grad v^T, and softmax gives dS = P * (dP - rowsum(P * dP)).
-        # That row sum needs no P: rowsum(P * dP) = rowsum(grad * out).
-        row_sums = (grad * out).sum(-1, keepdim=True)  # (B, N, 1)
-        wide = torch.promote_types(q.dtype, torch.float32)  # sums over blocks of bfloat16 are kept in float32
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for image, rows in blocks(q, k):
-            P = (q[image, rows] @ k[image].T).softmax(-1)  # (rows, N)
-            dP = grad[image, rows] @ v[image].T
-            dS = dP.sub_(row_sums[image, rows]).mul_(P)  # in place, for speed
-            dq[image, rows] = dS @ k[image]
-            dk[image] += dS.T @ q[image, rows]
-            dv[image] += P.T @ grad[image, rows]
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-def blocks(q, k):
-    """(image, rows): the number of an image and a slice of its queries, until every query has come."""
-    size = max(1, BLOCK // k.shape[1])
-    for image in range(len(q)):
-        for start in range(0, q.shape[1], size):
-            yield image, slice(start, start + size)
+        return plain_attention(q, k, v)
+    parts = []  # image by image, block by block
+    for q_image, k_image, v_image in zip(q, k, v):
+        for queries in q_image.split(BLOCK):
+            # The weights are forgotten, and computed again for the backward: kept, they take 39 MB an image at 56 x 56.
+            parts.append(checkpoint(plain_attention, queries, k_image, v_image, use_reentrant=False,
+                                    preserve_rng_state=False))
+    return torch.cat(parts).view(*q.shape[:2], -1)
 
 def main():
     stages, light = (96, 192, 384, 768), (24, 32, 96, 1280)  # channels of Swin-T and of MobileNetV2
@@ -161,13 +132,18 @@ def main():
         print(f"  {name:14} {sum(p.numel() for module in modules for p in module.parameters()):>10,}")
     print("one attention at 56 x 56 with 96 channels, 8 images, forward and backward, float32")
     inputs = [torch.randn(8, 56 * 56, width, requires_grad=True) for width in (12, 12, 96)]
+    attend(*inputs).sum().backward()  # the first call takes longer
     results = []
     for name, function in (("plain formula", plain_attention), ("fast twin", attend)):
-        kept, start = [], time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
-            out = function(*inputs, 12 ** -0.5)
+        kept, start = {}, time.perf_counter()
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = function(*inputs)
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
-        print(f"  {name:14} {time.perf_counter() - start:5.2f} s, {sum(kept) / 2 ** 20:,.0f} MiB kept for the backward")
+        seconds, size = time.perf_counter() - start, sum(kept.values()) / 2 ** 20
+        print(f"  {name:14} {seconds:5.2f} s, {size:,.0f} MiB kept for the backward")
     difference = max((a - b).abs().max() / a.abs().max() for a, b in zip(*results))
     print(f"  largest relative difference, values and gradients: {difference:.1e}")
 

@@ -29,8 +29,8 @@ import backbones
 import data
 import evaluate
 import model
-from evaluate import RunError
 from loss import PAPER_W, biased_loss, clnet_loss, equal_loss
+from model import RunError
 
 # Without --data: a demo for a laptop, about a minute on two cores. All other defaults are the paper's recipe.
 DEMO = {"backbone": "convnext_atto", "weights": "none", "clinical_weights": "none", "image_size": 96, "epochs": 10,
@@ -200,10 +200,12 @@ def main(argv=None):
             if flag not in ("data", "cache", "device") and given[flag] != flags[flag]:
                 raise RunError(f"{run} began with {flag} {flags[flag]}, not {given[flag]}: begin another with --out")
             flags[flag] = given[flag]
-    device = evaluate.find_device(flags["device"])
+    device = model.find_device(flags["device"])
     path = flags["data"]
     if path is None:
-        path = data.synthesize("runs/synthetic-spc-900", cases=900, height=128)
+        path = Path("runs/synthetic-spc-900")
+        if not path.exists():
+            data.synthesize(path, cases=900, height=128)
         print(f"no --data: a demo on the synthetic SPC in {path}")
     release = data.read(path, flags["image_size"], flags["cache"], masks=flags["model"] == "clnet")
     for note in release.notes:

@@ -79,10 +79,10 @@ def encoders(rounds, batch):
 
 plain = shared_attention.plain_attention
 
-def padded(q, k, v, scale):
+def padded(q, k, v):
     """torch's kernel with q and k padded to v's width, without which it falls back to one that builds the whole map."""
     wide = [F.pad(x, (0, v.shape[-1] - x.shape[-1]))[:, None] for x in (q, k)]
-    return F.scaled_dot_product_attention(*wide, v[:, None], scale=scale)[:, 0]
+    return F.scaled_dot_product_attention(*wide, v[:, None], scale=1.0)[:, 0]
 
 def attention(rounds, batch):
     print(f"one attention, forward and backward, {2 * batch} images, {DEVICE}; ratio to the plain formula")
@@ -91,7 +91,7 @@ def attention(rounds, batch):
             q, k, v = (torch.randn(2 * batch, side ** 2, width, device=DEVICE, dtype=dtype, requires_grad=True)
                        for width in (channels // 8, channels // 8, channels))
             compare(f"{side} x {side}, {channels} channels, {str(dtype)[6:]}", {
-                name: partial(step, [q, k, v], False, lambda function=function: function(q, k, v, 0.3))
+                name: partial(step, [q, k, v], False, lambda function=function: function(q, k, v))
                 for name, function in (("plain", plain), ("padded", padded), ("ours", shared_attention.attend))},
                 rounds)
 
@@ -138,7 +138,8 @@ def pemm(rounds, batch):
 
 def photos(rounds, batch):
     with tempfile.TemporaryDirectory() as folder:
-        path = data.synthesize(Path(folder) / "spc", cases=200, height=512)
+        path = Path(folder) / "spc"
+        data.synthesize(path, cases=200, height=512)
         first, again = (400 / seconds(lambda: data.read(path, 224, folder)) for _ in range(2))
         print(f"200 pairs of 768 x 512: read and decoded {first:,.0f} photos/s, found again {again:,.0f} photos/s")
         release, generator = data.read(path, 224, folder), torch.Generator()
@@ -158,7 +159,8 @@ def training(rounds, batch):
     """Images per second of train.fit's loop, as it prints them, as a share of forward and backward alone."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        path = data.synthesize(folder / "spc", cases=1011, height=128)
+        path = folder / "spc"
+        data.synthesize(path, cases=1011, height=128)
         flags, _ = train.parse(["--device", DEVICE.type, "--epochs", str(2 * rounds), "--swa-start", str(2 * rounds)])
         flags["amp"] = train.has_bfloat16(DEVICE)
         release = data.read(path, flags["image_size"], folder)

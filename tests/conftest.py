@@ -51,7 +51,9 @@ def undrawn():
 @pytest.fixture(scope="session")
 def release(tmp_path_factory):
     """The folder of a small synthetic SPC: 60 cases, 25 / 12 / 23."""
-    return data.synthesize(tmp_path_factory.mktemp("data") / "spc", cases=60, height=48)
+    folder = tmp_path_factory.mktemp("data") / "spc"
+    data.synthesize(folder, cases=60, height=48)
+    return folder
 
 @pytest.fixture(scope="session")
 def pairs(release):

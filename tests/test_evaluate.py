@@ -3,7 +3,6 @@ import csv
 import itertools
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import evaluate
 import model
 from conftest import close
 from evaluate import RunError
-from shared_attention import AsymmetricAttention
 
 TASKS = {"DIAG": ("a", "b", "c"), "PN": ("absent", "present")}
 BRANCHES = ("clinical", "dermoscopy", "fusion")
@@ -89,13 +87,6 @@ def test_what_nobody_has_has_no_column():
     labels[:, 1] = -1
     found = evaluate.measure(branches["fusion"], labels, TASKS)
     assert list(found["auc"]) == ["DIAG/a", "DIAG/b"] and list(found["accuracy"]) == ["DIAG"]
-
-def test_calibration_error_by_hand():
-    """Of 15 bins the 14th holds 0.9 and 0.91, one of them right; 0.72 and 0.78 are in two, which 10 bins would join."""
-    confidence = np.array([0.9, 0.91, 0.72, 0.78, 0.6, 0.5])
-    labels = np.array([[0], [1], [0], [1], [0], [-1]])
-    found = evaluate.calibration_error(np.stack([confidence, 1 - confidence], 1), labels, {"DIAG": ("a", "b")})
-    close(found, (abs(0.9 + 0.91 - 1) + 0.28 + 0.78 + 0.4) / 5)
 
 def test_table_4_corrected():
     """The integers give the printed columns if PRE and SEN change places and SPE is the negative predictive value."""
@@ -287,7 +278,7 @@ def test_tables_again_change_nothing(run, pairs, tmp_path, capsys):
     (run / "results.json").unlink()
     evaluate.main([str(run)])
     assert capsys.readouterr().out == first and contents(run) == before
-    for title in ("Table 1", "Table 2", "95% from", "calibration error", "subgroups", "equal"):
+    for title in ("Table 1", "Table 2", "95% from", "temperature", "subgroups", "equal"):
         assert title in first
     evaluate.main([str(run), "--data", str(pairs), "--cache", str(tmp_path / "cache"), "--device", "cpu"])
     assert "the run's own release" in capsys.readouterr().out and contents(run) == before
@@ -487,7 +478,7 @@ def test_one_photo_is_answered_by_its_branch(view, run, release, capsys):
     pixels = torch.from_numpy(data.decode(path, 32))[None, None]
     image = data.as_inputs(pixels, (view,))[view]
     with torch.no_grad():
-        logits = evaluate.load_network(saved, CPU)(image, image)[view][0]
+        logits = model.load(saved, CPU)(image, image)[view][0]
     p = evaluate.read_predictions(run, saved)
     temperature = evaluate.decide(p._replace(branches={view: p.branches[view]}))["temperature"]
     assert temperature != evaluate.decide(p)["temperature"]
@@ -527,32 +518,19 @@ def test_gradient_maps_belong_to_the_branches_of_the_answer(weights, run, releas
     maps = looked_at(run, release, monkeypatch, weights)
     assert [bool(heat.any()) for _, heat in maps] == [weights[0] + weights[2] > 0, weights[1] + weights[2] > 0]
 
-def test_attention_is_that_of_the_place_that_counts_most(run, release, monkeypatch):
+def test_attention_is_drawn_over_the_photo_that_is_read(run, release, monkeypatch):
     maps = looked_at(run, release, monkeypatch, (0, 0, 1))
     assert len(maps) == 4
-    network = evaluate.load_network(torch.load(run / "model.pt", weights_only=True), CPU)
+    network = model.load(torch.load(run / "model.pt", weights_only=True), CPU)
     decoded = {view: data.decode(path, 32) for view, path in photos(release).items()}
     with torch.no_grad():
         inputs = data.as_inputs(torch.from_numpy(np.stack(list(decoded.values())))[None], data.VIEWS)
-        encoder, features = network.encoders[0], []
+        encoder = network.encoders[0]
         c, d = network.attentions[0](*(encoder.stages[0](encoder.stem(image)) for image in inputs.values()))
-        features = [encoder.stages[1](c), encoder.stages[1](d)]
-        for number, (view, other) in enumerate((data.VIEWS, data.VIEWS[::-1])):
-            counts, (photo, read) = maps[2 * number][1], maps[2 * number + 1]
-            row, column = np.unravel_index(int(counts.argmax()), (32, 32))
-            expected = network.attentions[1].attention_at(*features, row // 8, column // 8)[view][0]
-            close(read, expected, 1e-4)
-            assert (photo == decoded[other]).all()
-
-def test_attention_is_drawn_between_maps_of_other_sizes(tmp_path):
-    """AMMFM's networks may round a side of 36 to 5 and to 4: the place that counts most is one of the map that reads."""
-    network = SimpleNamespace(attentions=[None, AsymmetricAttention(16, 8)])
-    heats = torch.zeros(2, 36, 36)
-    heats[:, 35, 35] = 1
-    pair = dict.fromkeys(data.VIEWS, np.zeros((36, 36, 3), np.uint8))
-    evaluate.draw(tmp_path / "picture.png", "", network, pair, heats,
-                  [torch.randn(1, 16, 5, 5), torch.randn(1, 8, 4, 4)], None)
-    assert (tmp_path / "picture.png").exists()
+        expected = network.attentions[1].read_of(encoder.stages[1](c), encoder.stages[1](d))
+        for (photo, found), view in zip(maps[1::2], data.VIEWS):
+            close(found, expected[view][0], 1e-4)
+            assert (photo == decoded[view]).all()
 
 def test_words_about_a_patient_come_in_the_order_of_training(run, release, monkeypatch):
     monkeypatch.setattr(evaluate, "one_lesion", lambda run, paths, about, device, rule: list(about.items()))
@@ -572,7 +550,7 @@ def test_clnets_activation_map_is_worked_out_by_hand(learns, run, release, monke
     """Eq. 2 and 3. The classifier is linear in the pooled maps, so the gradients of log p can be written down."""
     remake(run, model="clnet", tasks=learns, image_size=64)
     (_, found), *_ = looked_at(run, release, monkeypatch, [1.0], ["dermoscopy"])
-    network = evaluate.load_network(torch.load(run / "model.pt", weights_only=True), CPU)
+    network = model.load(torch.load(run / "model.pt", weights_only=True), CPU)
     image = data.as_inputs(torch.from_numpy(data.decode(photos(release)["dermoscopy"], 64))[None, None],
                            ["dermoscopy"])["dermoscopy"]
     with torch.no_grad():

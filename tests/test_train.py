@@ -220,7 +220,7 @@ def test_a_finished_run_resumed_stays_as_it_is_and_refuses_other_flags(finished,
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "args.json").unlink()  # is for people
     asked = []
-    monkeypatch.setattr(evaluate, "find_device", lambda name: asked.append(name) or torch.device("cpu"))
+    monkeypatch.setattr(train.model, "find_device", lambda name: asked.append(name) or torch.device("cpu"))
     train.main(["--resume", str(tmp_path / "run"), "--epochs", "3"])
     assert_same_run(finished, tmp_path / "run")
     assert asked == ["cpu"], "not the device it began with"
