@@ -3,12 +3,12 @@
 `build("swin_v2_t", "imagenet")` gives an encoder. Every encoder keeps one contract:
 
     encoder.channels    4 ints, the width of each stage
-    encoder.stem(x)     image (B, 3, H, W)  ->  the first feature map
+    encoder.stem(x)     image (B, 3, H, W)  ->  the first feature map, (B, C_0, H_0, W_0)
     encoder.stages      4 modules; each maps (B, C_{i-1}, H_{i-1}, W_{i-1}) -> (B, C_i, H_i, W_i)
     encoder(x)          the list of the 4 stage outputs
     encoder.pool(last)  final norm and global average pool: (B, C_4, H_4, W_4) -> (B, C_4)
 
-encoder.pool, then torchvision's classifier, gives torchvision's logits. ConvNeXt (the shortest), Swin and Swin V2
+encoder.pool, then the last linear layer of torchvision, gives its logits. ConvNeXt (the shortest), Swin and Swin V2
 are written out by hand; the others are torchvision's modules cut into stages. "SwinTransformer (Tiny)" of the paper is
 Swin **V2**: only its parameter count fits the paper's tables.
 
@@ -31,7 +31,7 @@ class WeightsError(ValueError):
     """Weights that are missing or do not fit; the message says which and what to do."""
 
 class Encoder(nn.Module):
-    """The contract above. A subclass sets `channels`, `stem` and `stages`, and `pool` where a norm comes before it."""
+    """The contract above. A subclass sets `channels`, `stem` and `stages`, and `pool` if it has a final norm."""
 
     def forward(self, x):
         maps = []

@@ -29,31 +29,6 @@ from sklearn.model_selection import StratifiedGroupKFold
 SPLITS = ("train", "valid", "test")
 VIEWS = ("clinical", "dermoscopy")  # photos that a CSV file may name; a lesion may have a "mask", 255 inside, besides
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in RGB: what the pretrained weights expect
-
-# The Seven-Point Checklist, in the order of the paper's tables: task -> its column of meta.csv, class -> strings in it.
-SPC = {
-    "DIAG": ("diagnosis", {"BCC": ["basal cell carcinoma"],
-        "NEV": [f"{kind} nevus" for kind in ("blue", "clark", "combined", "congenital", "dermal", "recurrent",
-                                             "reed or spitz")],
-        "MEL": ["melanoma", "melanoma (in situ)", "melanoma (less than 0.76 mm)", "melanoma (0.76 to 1.5 mm)",
-                "melanoma (more than 1.5 mm)", "melanoma metastasis"],
-        "MISC": ["dermatofibroma", "lentigo", "melanosis", "miscellaneous", "vascular lesion"],
-        "SK": ["seborrheic keratosis"]}),
-    "PN": ("pigment_network", {"absent": ["absent"], "TYP": ["typical"], "ATP": ["atypical"]}),
-    "STR": ("streaks", {"absent": ["absent"], "REG": ["regular"], "IR": ["irregular"]}),
-    "PIG": ("pigmentation", {"absent": ["absent"], "REG": ["diffuse regular", "localized regular"],
-                             "IR": ["diffuse irregular", "localized irregular"]}),
-    "RS": ("regression_structures", {"absent": ["absent"], "PRS": ["blue areas", "white areas", "combinations"]}),
-    "DaG": ("dots_and_globules", {"absent": ["absent"], "REG": ["regular"], "IR": ["irregular"]}),
-    "BWV": ("blue_whitish_veil", {"absent": ["absent"], "PRS": ["present"]}),
-    "VS": ("vascular_structures", {"absent": ["absent"], "REG": ["arborizing", "comma", "hairpin", "within regression",
-                                                                 "wreath"], "IR": ["dotted", "linear irregular"]}),
-}
-SPC_TASKS = {task: tuple(classes) for task, (_, classes) in SPC.items()}
-# sha256 of the published labels and split, (1011, 9) int8 in meta.csv's order: it tells derm7pt from any other table.
-PUBLISHED_SPC = "6730bba642bdc2aa22b7e6244294d1a8b3c62dbff424ae3927454110b54887a6"
-HAM10000 = ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")
-MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC")
 UNKNOWN = ("?", "nan", "na", "n/a", "#n/a", "<na>", "null", "unknown")  # read as an empty cell
 METADATA = ("age", "age_approx", "sex", "skin_tone_class", "fitzpatrick_skin_type", "site", "anatom_site_general",
             "localization", "location", "elevation", "level_of_diagnostic_difficulty")  # for subgroups, and MAT's words
@@ -65,20 +40,28 @@ def require(condition, otherwise):
     if not condition:
         raise DataError(otherwise)
 
+def speak(main, *mendable):
+    """Runs main(). What a user can mend ends in one sentence and exit code 2, Ctrl-C in 130."""
+    try:
+        main()
+    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError, *mendable) as error:
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'stopped'}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+
 @dataclass
 class Release:
     """N lesions, each with V pictures and a label per task."""
     kind: str  # spc, synthetic, milk10k, isic, ham, isic17 or pairs
     views: tuple  # the names of the V pictures
     tasks: dict  # task -> its class names; a class "absent", or the first of two, is the negative one
-    notes: list  # what a user should know, warnings in capitals
+    notes: list  # what a user should know
     cases: list  # N names
     patients: list  # N, "" unknown
     labels: np.ndarray  # (N, T) int64, -1 unknown
     split: np.ndarray  # (N,) strings of SPLITS
     metadata: dict  # column of METADATA -> N strings
     pixels: np.ndarray  # (N, V, S, S, 3) uint8, memory-mapped
-    digests: np.ndarray  # (N, photos) hashes of every fourth pixel of the decoded photos
+    digests: np.ndarray  # (N, photos) hashes of the decoded photos, of every fourth pixel of every fourth row
     fingerprint: str  # a hash of all that a result depends on, but the split
     published: bool  # derm7pt with the published labels and split, row by row
 
@@ -113,13 +96,13 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
     code = np.column_stack([labels, [(*SPLITS, "").index(name) for name in split]]).astype(np.int8)
     published = hashlib.sha256(code.tobytes()).hexdigest() == PUBLISHED_SPC
 
-    pixels, contents = decode_all([row[view] for row in rows for view in views], size, cache)
+    pixels, hashes = decode_all([row[view] for row in rows for view in views], size, cache)
     pixels = pixels.reshape(len(rows), len(views), size, size, 3)
     if "mask" in views:
         require(pixels[:, views.index("mask")].max() > 127, f"{path}: empty masks; they must be 255 inside the lesion")
     photos = [v for v, view in enumerate(views) if view != "mask"]
     digests = np.array([[digest(lesion[v, ::4, ::4].tobytes()) for v in photos] for lesion in pixels])
-    files = [[contents[row[view]] for view in views] for row in used]
+    files = [[hashes[row[view]] for view in views] for row in used]  # not of all rows: to_train or not, one fingerprint
     texts = [[row[column] for column in ("case", *tasks, *metadata)] for row in used]
     fingerprint = digest(repr((files, texts, list(tasks.items()), list(metadata))).encode())
     release = Release(kind, views, tasks, notes, cases, patients, labels, split, metadata,
@@ -128,7 +111,32 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
         check(release, path)
     return release
 
-# ------------------------- the readers: kind, folder of photos, views, tasks, rows (case, split, photos, labels), notes
+# ------- the readers: kind, folder, views, tasks, rows, notes. Keys of a row: case, split, views (photo), tasks (class)
+
+# The Seven-Point Checklist, in the order of the paper's tables: task -> its column of meta.csv, class -> strings in it.
+SPC = {
+    "DIAG": ("diagnosis", {"BCC": ["basal cell carcinoma"],
+        "NEV": [f"{kind} nevus" for kind in ("blue", "clark", "combined", "congenital", "dermal", "recurrent",
+                                             "reed or spitz")],
+        "MEL": ["melanoma", "melanoma (in situ)", "melanoma (less than 0.76 mm)", "melanoma (0.76 to 1.5 mm)",
+                "melanoma (more than 1.5 mm)", "melanoma metastasis"],
+        "MISC": ["dermatofibroma", "lentigo", "melanosis", "miscellaneous", "vascular lesion"],
+        "SK": ["seborrheic keratosis"]}),
+    "PN": ("pigment_network", {"absent": ["absent"], "TYP": ["typical"], "ATP": ["atypical"]}),
+    "STR": ("streaks", {"absent": ["absent"], "REG": ["regular"], "IR": ["irregular"]}),
+    "PIG": ("pigmentation", {"absent": ["absent"], "REG": ["diffuse regular", "localized regular"],
+                             "IR": ["diffuse irregular", "localized irregular"]}),
+    "RS": ("regression_structures", {"absent": ["absent"], "PRS": ["blue areas", "white areas", "combinations"]}),
+    "DaG": ("dots_and_globules", {"absent": ["absent"], "REG": ["regular"], "IR": ["irregular"]}),
+    "BWV": ("blue_whitish_veil", {"absent": ["absent"], "PRS": ["present"]}),
+    "VS": ("vascular_structures", {"absent": ["absent"], "REG": ["arborizing", "comma", "hairpin", "within regression",
+                                                                 "wreath"], "IR": ["dotted", "linear irregular"]}),
+}
+SPC_TASKS = {task: tuple(classes) for task, (_, classes) in SPC.items()}
+# sha256 of the published labels and split, (1011, 9) int8 in meta.csv's order: it tells derm7pt from any other table.
+PUBLISHED_SPC = "6730bba642bdc2aa22b7e6244294d1a8b3c62dbff424ae3927454110b54887a6"
+HAM10000 = ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")
+MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC")
 
 def read_tables(path):
     """What the first reader finds that fits `path`, a folder or its table."""
@@ -178,7 +186,7 @@ def read_milk10k(table):
     return "milk10k", folder, views, {"DIAG": MILK10K}, rows, notes
 
 def read_isic(table):
-    """An ISIC Archive download (paper, Sec. 4.2), a row an image. A lesion's first close-up and dermoscopy are used."""
+    """An ISIC Archive download (paper, Sec. 4.2), a row an image. Close-ups go before other clinical photos."""
     images = read_table(table, "isic_id", "lesion_id", "image_type")
     images.sort(key=lambda image: (image["image_type"].lower() != "clinical: close-up", image["isic_id"]))
     lesions = defaultdict(dict)  # lesion -> view -> its image
@@ -196,7 +204,7 @@ def read_isic(table):
     return "isic", table.parent, ("clinical", "dermoscopy"), {"DIAG": ("benign", "malignant")}, rows, notes
 
 def read_ham(table):
-    """HAM10000: a row a photo; photos of one lesion go to one split. Its dx_type tells the diagnosis: left out."""
+    """HAM10000: a row a photo; photos of one lesion go to one split. dx_type, left out, tells the diagnosis."""
     rows = read_table(table, "lesion_id", "image_id", "dx")
     for row in rows:
         row |= {"case": row["image_id"], "split": "", "patient": row["lesion_id"], "DIAG": row["dx"].upper()}
@@ -265,9 +273,9 @@ def find_photos(rows, views, folder):
             require(len(found) == 1, f"several photos have one name, keep one: {listed(found)}")
             row[view] = found[0]
 
-def listed(texts, most=4):
+def listed(texts):
     """The first few of the texts, and how many there are."""
-    return ", ".join(map(str, texts[:most])) + f" ({len(texts)} in all)"
+    return ", ".join(map(str, texts[:4])) + f" ({len(texts)} in all)"
 
 def same_text(text):
     """The text as people compare it: case, spaces, Unicode form and an ending .0 make no difference."""
@@ -286,14 +294,14 @@ def group_lesions(release):
     for shared, lesions in lesions_with.items():
         if len(lesions) > 1:
             group[np.isin(group, group[lesions])] = group[lesions].min()  # all their groups become one
-            if shared not in release.patients:
+            if shared not in release.patients:  # a photo
                 twins.append(" and ".join(release.cases[n] for n in lesions))
     if twins:
         release.notes.append(f"WARNING: one photo stands for two, in {listed(twins)}")
     return group
 
 def make_split(release, group, path):
-    """Stratified by the first task, always the same; groups stay together."""
+    """Stratified by the first task, always the same; groups stay together. 7 or 8 of ten folds are for training."""
     classes = release.labels[:, 0]
     enough = len(set(group)) >= 10 and np.bincount(classes + 1).max() >= 10
     require(enough, f"{path}: fewer than 10 independent lesions, or no class has 10; give a column split")
@@ -319,10 +327,10 @@ def check(release, path):
     if release.kind == "spc" and not release.published:
         release.notes.append("WARNING: not derm7pt's published labels and split; do not compare with the paper")
 
-# ------------------------------------------------------------------------------------- photos: read once, kept as uint8
+# ---------------------------------------------------------------------------------- photos: decoded once, kept as uint8
 
 def digest(contents):
-    """Hash of a file's bytes or of decoded pixels. (ISIC writes a photo's id into its file, so the bytes differ.)"""
+    """Hash of a file's bytes, or of decoded pixels: ISIC writes its id into each file, so copies differ in bytes."""
     return hashlib.blake2b(contents, digest_size=16).hexdigest()
 
 def decode(path, size):
@@ -339,10 +347,10 @@ def decode(path, size):
         raise DataError(f"{path}: {error}") from error
 
 def decode_all(files, size, cache):
-    """All photos, (len(files), size, size, 3) uint8, and file -> hash of its bytes. The photos are kept in `cache`, in
-    a file named after a hash of their contents: a changed or added photo is decoded anew."""
-    contents = [digest(file.read_bytes()) if file.is_file() else "" for file in files]
-    path = Path(cache) / f"{size}-{digest(f'{PILLOW} {contents}'.encode())}.npy"
+    """All photos, (len(files), size, size, 3) uint8, and file -> hash of its bytes. They are kept in `cache`, in one
+    file named after a hash of all their contents: if one photo changes, all are decoded anew."""
+    hashes = [digest(file.read_bytes()) if file.is_file() else "" for file in files]
+    path = Path(cache) / f"{size}-{digest(f'{PILLOW} {hashes}'.encode())}.npy"
     if not path.exists():
         print(f"decoding {len(files)} photos", file=sys.stderr)
         pixels = np.empty((len(files), size, size, 3), np.uint8)
@@ -356,7 +364,7 @@ def decode_all(files, size, cache):
         require(not problems, "\n".join(["photos are missing or broken, restore or remove them:", *problems]))
         with whole(path) as temporary, open(temporary, "wb") as file:
             np.save(file, pixels)
-    return np.load(path, mmap_mode="c"), dict(zip(files, contents))  # "c": what is changed stays in memory
+    return np.load(path, mmap_mode="c"), dict(zip(files, hashes))  # "c": read when used; writable, as torch wants it
 
 @contextmanager
 def whole(path):
@@ -396,7 +404,7 @@ def augment(pixels, views, generator):
     angle = quarters * np.pi / 2 + moved * between(-np.pi / 4, np.pi / 4, B)
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), 1).view(B, 2, 2)
     zoom = 1 + moved * between(-0.5, 0.5, B)
-    shift = moved.view(B, 1) * between(-1 / 8, 1 / 8, B, 2)  # of a side that is 2 long
+    shift = moved.view(B, 1) * between(-1 / 8, 1 / 8, B, 2)  # the grid's side is 2 long
     affine = torch.cat((turn @ flips / zoom.view(B, 1, 1), shift.view(B, 2, 1)), 2).to(pixels.device)  # (B, 2, 3)
     x = pixels.permute(0, 1, 4, 2, 3).reshape(B, 3 * V, S, S).float()  # all pictures as one image of 3V channels
     grid = F.affine_grid(affine, x.shape, align_corners=False)
@@ -453,7 +461,7 @@ def synthesize(folder, cases=1011, height=256, seed=0):
     ends = [round(cases * 413 / 1011), round(cases * 616 / 1011)]  # the published shares
     for split, numbers in zip(SPLITS, np.split(np.arange(cases), ends)):
         np.savetxt(temporary / f"meta/{split}_indexes.csv", numbers, "%d", header="indexes", comments="")
-    with suppress(OSError):  # another run may have drawn the same lesions meanwhile
+    with suppress(OSError):  # a folder that is there stays: another run may have drawn it meanwhile
         os.rename(temporary, folder)
     shutil.rmtree(temporary, ignore_errors=True)
 
@@ -487,11 +495,11 @@ def draw_lesion(signs, rng, height):
     lesion = np.clip(depth / 0.03, 0, 1)[..., None]  # the mask with a soft edge
     image = np.full((H, W, 3), (232, 190, 170)) * rng.uniform(0.9, 1.04)  # skin
     image += lesion * (colours[signs["DIAG"]] - image)
-    for task, colour in colours.items():  # a mark for each criterion: patches of colour, then patterns over them
+    for task, colour in colours.items():  # a mark for each criterion (signs has no "NEV"): patches, then patterns
         sign = signs.get(task, "absent")
         if sign != "absent":
             place, size, strength = (0, 0), 0.3, 0.7
-            if sign in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, darker
+            if sign in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, stronger
                 place, size, strength = rng.choice([-0.15, 0.15], 2), 0.35, 1
             blob = np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / size ** 2)  # 1 at the place, fading around it
             mark = strength * blob * patterns.get(task, 1)
@@ -506,21 +514,13 @@ def draw_lesion(signs, rng, height):
     clinical = blurred * light + rng.normal(0, 5, image.shape)
     return clinical.clip(0, 255).astype(np.uint8), dermoscopy, np.uint8(255 * (depth > 0))
 
-def speak(main, *mendable):
-    """Runs main(). What a user can mend ends in one sentence and exit code 2, Ctrl-C in 130."""
-    try:
-        main()
-    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError, *mendable) as error:
-        print(f"{Path(sys.argv[0]).name}: {str(error) or 'stopped'}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="What is in a release of photos.")
     parser.add_argument("path", help="folder of a release, its table, or the CSV file of your own pairs")
     args = parser.parse_args(argv)
     release = read(args.path)
-    print(f"{args.path}: {release.kind}, {len(release.cases)} lesions with {' and '.join(release.views)}")
-    print(*release.notes, sep="\n")
+    print(f"{args.path}: {release.kind}, {len(release.cases)} lesions with {' and '.join(release.views)}",
+          *release.notes, sep="\n")
     print(f"{'task':12} {'class':16}   train   valid    test")
     strips = []  # four lesions of each class, all their pictures side by side
     for t, (task, classes) in enumerate(release.tasks.items()):
@@ -532,7 +532,7 @@ def main(argv=None):
             strip[:len(lesions)] = release.pixels[lesions[:4]]
             strips.append(np.hstack(strip.reshape(-1, *strip.shape[2:])))
     path = f"runs/{Path(args.path).resolve().stem}-contact-sheet.png"
-    Image.fromarray(np.vstack(strips)).save(path)  # beside the cache
+    Image.fromarray(np.vstack(strips)).save(path)
     print(f"lesions of each class, a row for each line above: {path}")
 
 if __name__ == "__main__":

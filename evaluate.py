@@ -1,13 +1,13 @@
 """Evaluate: a run's predictions become the paper's tables, honest statistics, and an answer for one lesion.
 
-    python evaluate.py RUN                    the tables of a run, from the files in its folder
-    python evaluate.py RUN --data NEW         another release: its lesions but those the run has trained or validated on
+    python evaluate.py RUN                    the tables of a run, from the files in its folder, which it writes anew
+    python evaluate.py RUN --data NEW         another release, without what the run has trained or validated on
     python evaluate.py RUN RUN ...            mean and standard deviation; other flags than the seed side by side
     python evaluate.py RUN ... --against OTHER ...    is the difference of their means more than chance?
     python evaluate.py RUN --compare-paper    the figures of the PEMM paper beside ours
     python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg        one lesion; one photo will do
 
-Every number comes from predictions.csv: a row a lesion, the probabilities of each branch. Several branches are joined
+Every probability is in predictions.csv: a row a lesion, a column a branch and class. Several branches are joined
 as "equal", the mean of their logits, and "weighted", with weights found on the validation split: the run's answer.
 Shapes: N lesions, T tasks, n_t classes of task t, K classes of all tasks together, R resamples.
 """
@@ -56,9 +56,9 @@ def predict(network, pixels, views, words, device, amp):
     """The branches and overlaps of Predictions, for pixels (N, V, S, S, 3) and words (N, m)."""
     network.eval()
     branches, overlaps = defaultdict(list), defaultdict(list)
-    for rows in torch.arange(len(pixels)).split(48):
-        inputs = data.as_inputs(torch.as_tensor(pixels[rows.numpy()]).to(device), views)
-        inputs["words"] = torch.as_tensor(words)[rows].to(device)
+    for n in range(0, len(pixels), 48):
+        inputs = data.as_inputs(torch.as_tensor(pixels[n:n + 48]).to(device), views)
+        inputs["words"] = torch.as_tensor(words[n:n + 48]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             outputs = network(*(inputs[name] for name in network.reads))
         if "mask" in outputs and "mask" in inputs:
@@ -79,7 +79,7 @@ def by_task(values, tasks):
     return np.split(values, ends[:-1], axis=1)
 
 def fuse(branches, weights, tasks, temperature=1.0):
-    """Probabilities (N, K) of the branches' mean logits, weighted as in FusionM4Net, over the temperature."""
+    """Probabilities (N, K) of the weighted mean logits over the temperature. log p serves: softmax drops constants."""
     logits = sum(weights[branch] * np.log(np.maximum(values, 1e-300)) for branch, values in branches.items())
     scaled = by_task(logits / temperature, tasks)
     return torch.cat([torch.from_numpy(z).softmax(1) for z in scaled], 1).numpy()
@@ -90,13 +90,13 @@ def hits(probabilities, labels, tasks):
     return np.ma.masked_array(likeliest == labels, labels < 0)
 
 def search_weights(branches, labels, tasks, rule="near"):
-    """Weights of three branches, the same for all tasks (paper, Sec. 4.1); others weigh the same. "maximum": the most
-    accurate triple. "near", ours: of all within a standard error of it the nearest to equal, which also breaks ties."""
+    """Weights of three branches, the same for all tasks (paper, Sec. 4.1); of any other number, equal ones. "maximum":
+    the most accurate triple. "near", ours: the nearest to equal of all within a standard error of it. Ties: nearest."""
     if len(branches) != 3:
         return dict.fromkeys(branches, 1 / len(branches))
     triples = np.array([(c, d, STEPS - c - d) for c in range(STEPS + 1) for d in range(STEPS + 1 - c)]) / STEPS
     found = [hits(fuse(branches, dict(zip(branches, triple)), tasks), labels, tasks) for triple in triples]
-    accuracy = np.array([hit.mean(0).mean() for hit in found]).round(9)
+    accuracy = np.array([hit.mean(0).mean() for hit in found]).round(9)  # rounded: ties are ties
     distance = ((triples - 1 / 3) ** 2).sum(1).round(9)
     best = np.where(accuracy == accuracy.max(), distance, np.inf).argmin()
     if rule == "near":
@@ -121,7 +121,7 @@ def decide(p, rule="near"):
 
 def each_task(probabilities, labels, tasks):
     """For each task with labels: its name, which lesions have one (N,), their scores (n, n_t) and classes (n,), and its
-    columns of Table 1, class number -> "task/class": no "absent", not the first of two, not what none or all have."""
+    columns of Table 1, class number -> "task/class", without "absent", the first of two, and what none or all have."""
     for t, (task, classes) in enumerate(tasks.items()):
         known = labels[:, t] >= 0
         truth = labels[known, t]
@@ -151,8 +151,8 @@ def measure(probabilities, labels, tasks):
     return dict(found) | means
 
 def resamples(labels):
-    """How often each lesion counts, (1 + R, N): in row 0 once, then as drawn, the same for every run, to pair them. One
-    task is drawn class by class: no resample then lacks a class, which would bias the mean."""
+    """How often each lesion counts, (1 + R, N): in row 0 once (no resampling), then as drawn, alike for every run, to
+    pair them. With one task alone each class is drawn by itself: no resample then lacks one, which biases the mean."""
     rng, counts = np.random.default_rng(0), np.ones((1 + RESAMPLES, len(labels)))
     strata = labels[:, 0] if labels.shape[1] == 1 else np.zeros(len(labels))
     for stratum in np.unique(strata):
@@ -205,7 +205,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file, none of them says which
-        raise RunError(f"{path}: missing or damaged ({error}). Not finished? train.py --resume goes on") from error
+        raise RunError(f"{path}: missing or damaged ({error}). If the run is unfinished, --resume it") from error
 
 def write(path, text):
     """Writes the whole file or none. Where nothing may be written that is said, and the tables are still printed."""
@@ -231,7 +231,7 @@ def write_predictions(path, p, branches):
     write(path, text.getvalue())
 
 def lesions_of(saved):
-    """The validation and test lesions that model.pt knows, still without an answer."""
+    """The lesions that are not "train", still without an answer, of a model.pt or as evaluate_new has marked them."""
     tested = np.array(saved["split"]) != "train"
     cases, split, labels = (np.array(saved[name])[tested] for name in ("cases", "split", "labels"))
     metadata = {column: np.array(texts)[tested] for column, texts in saved["metadata"].items()}
@@ -257,7 +257,7 @@ def read_predictions(run, saved):
     return p
 
 def finish(folder, p, decided):
-    """Adds equal and weighted, writes predictions.csv and, where labels are known, results.json, which it returns."""
+    """Adds equal and weighted to `p`; writes predictions.csv and, if labels are known, results.json, which it returns."""
     own, weights = dict(p.branches), decided["weights"]  # own: of the network
     if len(own) > 1:
         p.branches["equal"] = fuse(own, dict.fromkeys(own, 1 / len(own)), p.tasks)
@@ -298,7 +298,7 @@ def with_answers(p, saved, release, device):
     branches, overlaps = predict(network, release.pixels[rows], release.views, words, device, saved["flags"]["amp"])
     return p._replace(branches=branches, overlaps=overlaps)
 
-def evaluate_run(run, release=None, device="cpu", rule="near"):
+def evaluate_run(run, release=None, device=torch.device("cpu"), rule="near"):
     """(results, Predictions) of a run: from its predictions.csv or, with its own release, predicted anew."""
     saved = load_checkpoint(Path(run) / "model.pt", device)
     p = with_answers(lesions_of(saved), saved, release, device) if release else read_predictions(run, saved)
@@ -351,11 +351,11 @@ def print_tables(results, compare=False):
     """Tables 1, 2 and 4 of the paper for the test split, and more; with `compare` the paper's PEMM beside ours."""
     test, decided = results["test"], results["decided"]
     if results["overlaps"]:
-        rows = {MEANS[name]: values for name, values in results["overlaps"].items()}
+        rows = {MEANS[overlap]: values for overlap, values in results["overlaps"].items()}
         print_table("overlap of the masks (%)", ["mean", "95% from", "95% to"], rows)
     if not test:
         return
-    answer, found = list(test)[-1], answer_of(test)
+    name, found = list(test)[-1], answer_of(test)
     for metric, title in {"auc": "Table 1: AUC (%)", "accuracy": "Table 2: accuracy (%)"}.items():
         if metric in found:
             header, mean = list(test), f"mean_{metric}"
@@ -374,11 +374,11 @@ def print_tables(results, compare=False):
             rows[column] = [found[rate][column] for rate in rates]
             if compare:
                 rows[column + " paper"] = [true / (true + false), true / positives, 1 - false / (395 - positives)]
-        print_table(f"Table 4: {answer} (%)", rates, rows)
-    means = [name for name in MEANS if name in found]
+        print_table(f"Table 4: {name} (%)", rates, rows)
+    means = [mean for mean in MEANS if mean in found]
     groups = {branch: {"lesions": "all"} | each for branch, each in test.items()} | results["subgroups"]
-    rows = {group: [each.get(name, "") for name in ("lesions", *means)] for group, each in groups.items()}
-    print_table(f"means (%), and of {answer} in subgroups", ["lesions", *(MEANS[name] for name in means)], rows)
+    rows = {group: [each.get(mean, "") for mean in ("lesions", *means)] for group, each in groups.items()}
+    print_table(f"means (%), and of {name} in subgroups", ["lesions", *(MEANS[mean] for mean in means)], rows)
     weights = [f"{branch} {weight:.2f}" for branch, weight in decided["weights"].items()]
     print(f"{results['incomplete']} of {RESAMPLES} resamples lack a class; their mean AUC is without it\nfound on "
           f"validation: weights ({decided['rule']}) {', '.join(weights)}; temperature {decided['temperature']:.2f}")
@@ -392,7 +392,7 @@ def print_groups(saved, results):
                    and any(other["flags"].get(flag) != value for other in saved)]
         groups[", ".join(setting) or "all runs"].append([100 * result["means"].get(name, np.nan) for name in means])
     for setting, values in groups.items():
-        deviation = np.std(values, 0, ddof=min(1, len(values) - 1))
+        deviation = np.std(values, 0, ddof=1) if len(values) > 1 else [np.nan] * len(means)  # of one run none
         rows[setting] = [len(values), *map("{:.1f} ± {:.1f}".format, np.mean(values, 0), deviation)]
     print_table("mean ± standard deviation (%)", ["runs", *(MEANS[name] for name in means)], rows)
 
@@ -424,16 +424,16 @@ def one_lesion(run, paths, about, device, rule="near"):
     pixels = torch.tensor(np.stack(list(photos.values())), device=device)[None].float().requires_grad_()
     inputs = data.as_inputs(pixels, photos)
     inputs["words"] = torch.from_numpy(data.as_words(about, vocabulary, 1)).to(device)
-    reads, pooled = {}, []  # what the second stage's attention reads of each photo; what CLNet's classifier pools
+    attended, pooled = {}, []  # what the second stage's attention reads of each photo; what CLNet's classifier pools
     if len(photos) == 2 and network.attentions:
-        network.attentions[1].register_forward_pre_hook(lambda module, maps: reads.update(module.read_of(*maps)))
+        network.attentions[1].register_forward_pre_hook(lambda module, maps: attended.update(module.read_of(*maps)))
     if saved["flags"]["model"] == "clnet" and weights:
         before = [*network.encoders[0].stages, *network.fusions][-1]
         before.register_forward_hook(lambda module, inputs, output: pooled.append(output))
     outputs = network(*(inputs.get(name, inputs[first]) for name in network.reads))
     certainty, answer, text = 0 * pixels.sum(), {}, ""  # 0 where no class is predicted
     for t, (task, classes) in enumerate(saved["tasks"].items()):
-        if weights:  # a network that finds the mask alone has none
+        if weights:  # not if it finds the mask alone. As decide and fuse do it, but with a gradient
             logits = sum(weight * outputs[branch][t].log_softmax(1) for branch, weight in weights.items())
             chances = (logits / temperature).softmax(1)[0]
             certainty = certainty + chances.max().log()
@@ -441,24 +441,24 @@ def one_lesion(run, paths, about, device, rule="near"):
             shown = "  ".join(f"{name} {100 * chance:.0f}%" for name, chance in answer[task].items())
             text += f"{task}: {classes[chances.argmax()]}   ({shown})\n"
     of_pixels, *of_pooled = torch.autograd.grad(certainty, [pixels, *pooled])
-    heats = gaussian_blur(of_pixels[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S)
+    heats = gaussian_blur(of_pixels[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S) saliency
     if pooled:  # CLNet's map. Its paper says Grad-CAM++, but Eq. 2 is Grad-CAM's, and Eq. 3 has the ReLU inside the sum
         w = of_pooled[0].mean((2, 3), keepdim=True)  # Eq. 2
         heats = (w * pooled[0]).relu().sum(1)  # Eq. 3: (1, H_4, W_4)
     path = Path(run) / f"lesion-{Path(paths[first]).stem}.png"
-    draw(path, text, photos, heats, reads, outputs.get("mask"))
+    draw(path, text, photos, heats, attended, outputs.get("mask"))
     print(f"{text}the photos, what counts in them and what is read of them: {path}")
     print("For research: this is no medical device.")
     return answer
 
-def draw(path, text, photos, heats, reads, mask):
+def draw(path, text, photos, heats, attended, mask):
     """Each photo, followed by what counts in it (heats (V, S, S)), by what is read of it after the second stage, and
     by the outline that was found; under them the text."""
     panels = []
     for v, (view, photo) in enumerate(photos.items()):
         panels += [photo, overlay(photo, heats[v])]
-        if view in reads:
-            panels.append(overlay(photo, reads[view][0]))
+        if view in attended:
+            panels.append(overlay(photo, attended[view][0]))
         if mask is not None:
             inside = (mask[0] > 0).float()  # (1, H, W)
             panels.append(overlay(photo, (F.max_pool2d(inside, 3, 1, 1) - inside)[0]))
@@ -481,7 +481,7 @@ def main(argv=None):
     add("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     add("--data", metavar="PATH", help="predict the run's own release, or the unseen lesions of another")
     add("--cache", default="runs/cache", metavar="DIR", help="folder of the decoded photos [%(default)s]")
-    add("--device", help="where to predict [cuda, else mps, else cpu]")
+    add("--device", help="where to predict [an accelerator, else cpu]")
     add("--rule", default="near", choices=["near", "maximum"], help="how weights are chosen, see search_weights")
     add("--compare-paper", action="store_true", help="the paper's figures beside ours, on the published derm7pt")
     add("--against", nargs="+", default=[], metavar="OTHER", help="paired bootstrap of the difference from these runs")
@@ -504,13 +504,13 @@ def main(argv=None):
         raise RunError("--compare-paper: the figures are of a run on the published derm7pt, and of its own lesions")
     found = [evaluate_new(run, args.data, args.cache, device, args.rule) if args.data
              else evaluate_run(run, rule=args.rule) for run in runs]
-    n, results, answers = len(args.runs), [each for each, _ in found], [p for _, p in found]
+    n, results, predicted = len(args.runs), [each for each, _ in found], [p for _, p in found]
     if results[0] and n > 1:
         print_groups(saved[:n], results)
     elif results[0]:
         print_tables(results[0], args.compare_paper)
     if args.against and all(each and each["test"] for each in results):
-        for name, values in difference(answers[:n], answers[n:]).items():
+        for name, values in difference(predicted[:n], predicted[n:]).items():
             gap, low, high = (f"{100 * value:+.1f}" for value in values)
             print(f"{MEANS[name]}: RUN - OTHER = {gap} points, 95% interval {low} to {high}")
     return results[0]

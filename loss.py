@@ -26,7 +26,7 @@ def branch_loss(logits, labels, gamma=0.0):
     labels, then over tasks."""
     if labels.shape != (len(logits[0]), len(logits)) or labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, not int64 {(len(logits[0]), len(logits))}")
-    known = (labels >= 0).sum(0)  # (T): how many labels each task has
+    known = (labels >= 0).sum(0)  # (T,): how many labels each task has
     sums = []
     for t, z in enumerate(logits):
         costs = F.cross_entropy(z, labels[:, t], ignore_index=-1, reduction="none")  # (B,), 0 where unknown

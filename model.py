@@ -31,7 +31,7 @@ from shared_attention import AsymmetricAttention, CrossAttention
 SPC_CLASSES = (5, 3, 3, 3, 2, 3, 2, 3)  # DIAG PN STR PIG RS DaG BWV VS: 24 outputs
 
 class RunError(ValueError):
-    """A run, or a device for it, that cannot be used. The message says why and what to do."""
+    """A run, or a device for it, that cannot be used. The message says why."""
 
 class Classifier(nn.Module):
     """(B, features) -> T logit tensors (B, n_t). Layers and rate are those of the authors' earlier public code,
@@ -81,7 +81,7 @@ class PEMM(nn.Module):
             self.classifiers.append(Classifier(channels[-1], num_classes))
         self.fusion_classifier = Classifier(2 * channels[-1], num_classes)
         # A shared encoder takes both photos as one batch, for speed. Not with batch norm (ResNet, DenseNet, MobileNet):
-        # there each photo goes alone, and training normalises it by its own modality's statistics.
+        # there each photo goes alone; training normalises it by its own statistics, evaluation by the mean of both.
         batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.encoders.modules())
         self.one_batch = encoder == "shared" and not batch_norm
 
@@ -312,7 +312,7 @@ def find_device(name=None):
     try:
         return torch.empty(1, device=name or torch.accelerator.current_accelerator(True) or "cpu").device
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise RunError(f"--device {name or 'not given'}: {str(error).splitlines()[0]}") from error
 
 def count_parameters(model, as_in_paper=True):
     """Number of parameters. The paper counts each encoder with its unused 1000-class ImageNet classifier, which our

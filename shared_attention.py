@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 def attention_weights(q, k):
-    scores = q @ k.transpose(-2, -1)  # (B, N, d), (B, N, d) -> (B, N, N): how well each query fits each key
+    scores = q @ k.transpose(-2, -1)  # (B, N, d), (B, N, d) -> (B, N, N): how well each query (scaled) fits each key
     return scores.softmax(-1)
 
 def plain_attention(q, k, v):
@@ -34,7 +34,7 @@ def tokens(x):
     return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
 
 def refined(x, q, k, v):
-    return x + attend(q, k, v).transpose(1, 2).view(x.shape)  # what was read, (B, N, C) -> (B, C, H, W)
+    return x + attend(q, k, v).transpose(1, 2).view(x.shape)  # attend is plain_attention; (B, N, C) -> (B, C, H, W)
 
 class Projections(nn.Module):
     """The three convolutions of Fig. 3. On tokens, a 1x1 convolution is a linear layer. Queries come scaled."""
@@ -78,12 +78,12 @@ class CrossAttention(nn.Module):
 
     def read_of(self, clinical, dermoscopy):
         """How much is read at each place of the two photos: (B, H, W) each."""
-        of_dermoscopy, of_clinical = self.project(clinical, dermoscopy)  # what refines one modality is of the other
-        if self.reading == "swapped":  # here it is of its own
+        of_dermoscopy, of_clinical = self.project(clinical, dermoscopy)  # clinical is refined by values of dermoscopy
+        if self.reading == "swapped":  # clinical is refined by its own values
             of_dermoscopy, of_clinical = of_clinical, of_dermoscopy
         return {"clinical": weights_on(clinical, *of_clinical), "dermoscopy": weights_on(dermoscopy, *of_dermoscopy)}
 
-def weights_on(source, q, k, v):
+def weights_on(source, q, k, _):
     return attention_weights(q, k).mean(1).view(len(k), *source.shape[2:])  # mean over the queries: (B, H, W)
 
 class AsymmetricAttention(nn.Module):
@@ -103,13 +103,13 @@ class AsymmetricAttention(nn.Module):
 
 # --------------------------------------------------------- the method is complete above; from here on it is about speed
 
-LARGE = 32 ** 2  # places of a map; up to here the plain formula is fastest
+LARGE = 32 ** 2  # places of the map that is read; up to here the plain formula is fastest
 BLOCK = 512  # queries at a time: with 56 x 56 keys their weights are 6 MB of float32, which a processor's cache holds
 
 def attend(q, k, v):
     """The fast twin of plain_attention: the same, in the best way for this device and size."""
-    if q.device.type != "cpu":
-        pad = (0, -q.shape[-1] % 8)  # the fast GPU kernel wants q and k in multiples of 8 channels (16 bytes)
+    if q.device.type == "cuda":
+        pad = (0, -q.shape[-1] % 8)  # its fast kernel wants q and k in multiples of 8 channels (bfloat16: 16 bytes)
         q, k, v = F.pad(q, pad)[:, None], F.pad(k, pad)[:, None], v[:, None]  # one head
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0]
     if k.shape[1] <= LARGE:

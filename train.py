@@ -56,7 +56,7 @@ def parse(argv):
     add("--cache", default="runs/cache", metavar="DIR", help="folder of the decoded photos")
     add("--out", metavar="DIR", help="the run's folder (runs/<kind of data>-<the flags that were given>-<seed>)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with the flags it began with")
-    add("--device", help="cpu, cuda, cuda:1 or mps (ours: cuda, else mps, else cpu)")
+    add("--device", help="cpu, cuda, cuda:1 or mps (ours: an accelerator, else cpu)")
     # The model.
     add("--model", default="pemm", choices=["pemm", "ammfm", "mat", "clnet"], help="see model.py")
     add("--backbone", default="swin_v2_t", choices=list(backbones.BACKBONES), help='paper: "Tiny"; its counts say V2')
@@ -88,7 +88,7 @@ def parse(argv):
     if "data" not in given:
         parser.set_defaults(**DEMO)
     flags = vars(parser.parse_args(argv))
-    # Flags that only this model reads.
+    # What each model reads of the flags that not all models read.
     used = {"pemm": ["modality", "encoder", "fusion", "classifiers", "reading", "loss", "w"], "mat": ["unit"],
             "ammfm": ["clinical_backbone", "clinical_weights", "loss", "w"], "clnet": ["tasks"]}
     idle = {flag for each in used.values() for flag in each} - set(used[flags["model"]])
@@ -121,13 +121,12 @@ def batches(order, size):
     return parts
 
 def average_in(average, count, network):
-    """SWA by hand: the running mean of the parameters after one more epoch, mean += (parameter - mean) / (count + 1).
-    The cosine keeps falling meanwhile."""
+    """SWA by hand: one more epoch joins the running mean of the parameters. The cosine keeps falling meanwhile."""
     for mean, weight in zip(average, network.parameters()):
         mean += (weight.detach() - mean) / (count + 1)
 
 @torch.no_grad()
-def re_estimate(network, batches_of_inputs, autocast=nullcontext):
+def re_estimate(network, fed, autocast=nullcontext):
     """Batch-norm statistics of the average: the mean over the batches of one augmented pass, in training mode. The
     network is then ready to be saved, not to be trained further."""
     for module in network.modules():
@@ -135,7 +134,7 @@ def re_estimate(network, batches_of_inputs, autocast=nullcontext):
             module.reset_running_stats()
             module.momentum = None  # torch's way to say: plain mean over all batches
     network.train()
-    for inputs, _ in batches_of_inputs:
+    for inputs, _ in fed:
         with autocast():
             network(*(inputs[name] for name in network.reads))
 
@@ -227,7 +226,7 @@ def main(argv=None):
     try:
         fit(run, flags, release, device, state)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"stopped. Go on with: python train.py --resume {run}") from stop
+        raise KeyboardInterrupt(f"stopped. If it had begun, go on with: python train.py --resume {run}") from stop
     results, _ = evaluate.evaluate_run(run, release, device)
     evaluate.print_tables(results)
     print(f"\nThe tables again: python evaluate.py {run}")
@@ -300,7 +299,7 @@ def fit(run, flags, release, device, state=None):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(torch.stack([total.detach(), *parts.values()]))
-        losses = torch.stack(losses).cpu()  # of this loop the only wait for the device
+        losses = torch.stack(losses).cpu()  # one copy an epoch, not one a batch
         speed = len(train_rows) * len(needed) / (time.perf_counter() - clock)
         if not losses.isfinite().all():
             number = int((~losses.isfinite()).any(1).nonzero()[0]) + 1
