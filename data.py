@@ -471,7 +471,7 @@ def invent_signs(rng):
     signs, points = {}, 0
     for task in list(SPC)[1:]:
         absent, *regular, irregular = SPC_TASKS[task]
-        signs[task] = rng.choice([absent, absent, absent, *regular])
+        signs[task] = rng.choice([absent, absent, *regular])
         if rng.random() < 0.7 * malignant:
             signs[task] = irregular
             points += 2 if task in ("PN", "BWV", "VS") else 1  # major and minor criteria
@@ -482,28 +482,28 @@ def draw_lesion(signs, rng, height):
     """Clinical and dermoscopy photo, both (H, W, 3), and the mask (H, W) of the lesion in the second, all uint8."""
     H, W = height, height * 3 // 2  # y, x and all lengths are in units of H, places are from the centre
     y, x = np.meshgrid(np.linspace(-0.5, 0.5, H), np.linspace(-0.75, 0.75, W), indexing="ij")
-    angle = np.arctan2(y, x)
     colours = {"NEV": (168, 112, 78), "MEL": (168, 112, 78), "BCC": (222, 150, 150), "SK": (140, 118, 96),
                "MISC": (190, 120, 105), "PIG": (100, 62, 40), "RS": (240, 228, 224), "BWV": (100, 120, 165),
                "PN": (75, 45, 28), "STR": (55, 33, 25), "DaG": (45, 28, 24), "VS": (200, 30, 50)}
-    patterns = {"PN": np.maximum(np.cos(100 * x), np.cos(100 * y)) > 0.6,  # a mesh
-                "STR": np.cos(12 * angle) > 0.4,  # rays
-                "DaG": np.cos(70 * x) + np.cos(70 * y) > 1.2,  # dots
-                "VS": np.abs(np.sin(20 * x + 2 * np.cos(25 * y))) < 0.2}  # winding lines
-    radius = rng.uniform(0.32, 0.4) + 0.03 * np.cos(rng.integers(2, 6) * angle + rng.uniform(0, 6))  # of a wavy outline
-    depth = radius - np.hypot(y, x)  # > 0 inside
-    lesion = np.clip(depth / 0.03, 0, 1)[..., None]  # the mask with a soft edge
+    patterns = {"PN": lambda x, y: np.maximum(np.cos(100 * x), np.cos(100 * y)) > 0.6,  # a mesh
+                "STR": lambda x, y: np.cos(16 * np.arctan2(y, x)) > 0.4,  # rays
+                "DaG": lambda x, y: np.cos(70 * x) + np.cos(70 * y) > 1.2,  # dots
+                "VS": lambda x, y: np.abs(np.sin(30 * x + 2 * np.cos(35 * y))) < 0.2}  # winding lines
+    radius = rng.uniform(0.32, 0.4) + 0.03 * np.cos(rng.integers(2, 6) * np.arctan2(y, x) + rng.uniform(0, 6))
+    depth = radius - np.hypot(y, x)  # to the wavy outline; > 0 inside
+    lesion = np.clip(depth / 0.03, 0, 1)  # the mask with a soft edge
     image = np.full((H, W, 3), (232, 190, 170)) * rng.uniform(0.9, 1.04)  # skin
-    image += lesion * (colours[signs["DIAG"]] - image)
+    image += lesion[..., None] * (colours[signs["DIAG"]] - image)
     for task, colour in colours.items():  # a mark for each criterion (signs has no "NEV"): patches, then patterns
         sign = signs.get(task, "absent")
         if sign != "absent":
-            place, size, strength = (0, 0), 0.3, 0.7
+            place, size, strength = (0, 0), 1, 0.7
             if sign in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, stronger
-                place, size, strength = rng.choice([-0.15, 0.15], 2), 0.35, 1
-            blob = np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / size ** 2)  # 1 at the place, fading around it
-            mark = strength * blob * patterns.get(task, 1)
-            image += lesion * mark[..., None] * (colour - image)
+                place, size, strength = rng.choice([-0.15, 0.15], 2), 1.5, 0.95
+            blob = np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / (0.15 * size) ** 2)
+            if task in patterns:  # the blob grows to twice the size
+                blob = blob ** 0.25 * patterns[task](x / size, y / size)
+            image += (strength * lesion * blob)[..., None] * (colour - image)
     dermoscopy = image.clip(0, 255).astype(np.uint8)
 
     # The clinical photo: the same lesion at half the size, anywhere, blurred, in uneven light, with grain.

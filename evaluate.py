@@ -257,7 +257,7 @@ def read_predictions(run, saved):
     return p
 
 def finish(folder, p, decided):
-    """Adds equal and weighted to `p`; writes predictions.csv and, if labels are known, results.json, which it returns."""
+    """Adds equal and weighted to `p`; writes predictions.csv and, with labels, results.json, which it returns."""
     own, weights = dict(p.branches), decided["weights"]  # own: of the network
     if len(own) > 1:
         p.branches["equal"] = fuse(own, dict.fromkeys(own, 1 / len(own)), p.tasks)

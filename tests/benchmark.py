@@ -49,10 +49,12 @@ def compare(title, candidates, rounds):
     for number in range(rounds):
         for name in list(candidates)[::1 if number % 2 else -1]:
             times[name].append(seconds(candidates[name]))
-    first = next(iter(times))
-    print(f"{title:34}" + "   ".join(
-        f"{name} {statistics.median(each):.3f} s" + f" ({statistics.median(a / b for a, b in zip(each, times[first])):.2f}x)" * (name != first)
-        for name, each in times.items()), flush=True)
+    first = next(iter(times.values()))
+    print(f"{title:34}", end="")
+    for name, each in times.items():
+        ratio = statistics.median(a / b for a, b in zip(each, first))
+        print(f"{name} {statistics.median(each):.3f} s ({ratio:.2f}x)", end="   ", flush=True)
+    print()
     return {name: statistics.median(each) for name, each in times.items()}
 
 def step(parameters, bf16, function):
@@ -96,7 +98,7 @@ def attention(rounds, batch):
                 rounds)
 
 def pemm_step(kind, bf16, batch):
-    """A function that takes one training step of the bare encoder ("bare"), of PEMM ("ours") or with plain attention."""
+    """A function that takes a training step of the bare encoder ("bare"), of PEMM ("ours") or with plain attention."""
     torch.manual_seed(0)
     clinical, dermoscopy = torch.randn(2, batch, 3, 224, 224, device=DEVICE)
     labels = torch.stack([torch.randint(0, n, (batch,), device=DEVICE) for n in model.SPC_CLASSES], 1)
@@ -122,7 +124,7 @@ def peak(queue, kind, bf16, batch):
     queue.put((torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else host("VmHWM")) - before)
 
 def pemm(rounds, batch):
-    print(f"a training step of PEMM-Swin-T, {batch} pairs of 224 x 224, {DEVICE}; ratio to the bare encoder on the same images")
+    print(f"a training step of PEMM-Swin-T, {batch} pairs of 224 x 224, {DEVICE}; ratio to the bare encoder")
     for bf16 in (False, True):
         name = "bfloat16" if bf16 else "float32"
         compare(name, {kind: pemm_step(kind, bf16, batch) for kind in ("bare", "plain", "ours")}, rounds)
@@ -133,8 +135,8 @@ def pemm(rounds, batch):
             process.start()
             found[kind] = queue.get()
             process.join()
-        print(f"{name + ', peak memory':34}" + "   ".join(f"{kind} {value / 2 ** 20:,.0f} MiB ({value / found['bare']:.2f}x)"
-                                                          for kind, value in found.items()), flush=True)
+        texts = [f"{kind} {value / 2 ** 20:,.0f} MiB ({value / found['bare']:.2f}x)" for kind, value in found.items()]
+        print(f"{name + ', peak memory':34}" + "   ".join(texts), flush=True)
 
 def photos(rounds, batch):
     with tempfile.TemporaryDirectory() as folder:
@@ -181,10 +183,11 @@ def training(rounds, batch):
         train.validation = after_an_epoch
         one()
         train.fit(folder / "run", flags, release, DEVICE)
-        share = statistics.median(2 * loop / (before + after) for loop, before,
-                                  after in zip(loops[1:], bares, bares[1:]))
-        print(f"training loop {statistics.median(loops[1:]):,.0f} images/s, bare forward and backward {statistics.median(bares):,.0f} "
-              f"images/s; median of {len(loops) - 1} epochs, each beside what came before and after it: {100 * share:.1f}%")
+        beside = zip(loops[1:], bares, bares[1:])  # each epoch, and what came before and after it
+        share = statistics.median(2 * loop / (before + after) for loop, before, after in beside)
+        loop, bare = statistics.median(loops[1:]), statistics.median(bares)
+        print(f"training loop {loop:,.0f} images/s, bare forward and backward {bare:,.0f} images/s; "
+              f"median of {len(loops) - 1} epochs: {100 * share:.1f}%")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -193,7 +196,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8, help="images, or pairs [%(default)s]")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}")
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
     for what in args.what:
         kinds[what](args.rounds, args.batch)
 

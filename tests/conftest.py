@@ -34,8 +34,8 @@ def close(ours, theirs, tolerance=1e-9):
         f"largest difference {largest / scale:.2e} of the largest value, mean {difference.mean() / scale:.2e}")
 
 def randomise(module, seed=0, spread=0.05):
-    """Every parameter and batch-norm statistic moved away from its initial value, which hides mistakes: ConvNeXt's layer scale
-    starts at 1e-6, biases and the attention's values at 0."""
+    """Every parameter and batch-norm statistic moved away from its initial value, which hides mistakes: ConvNeXt's
+    layer scale starts at 1e-6, biases and the attention's values at 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in module.state_dict().items():
         if value.is_floating_point() and not backbones.DERIVED.search(name):
@@ -57,7 +57,7 @@ def release(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs(release):
-    """The same lesions as your own CSV file, with two tasks, masks and words: 40 cases, 16 / 10 / 14, and 20 in new.csv."""
+    """The same lesions as your own CSV file: two tasks, masks and words, 40 cases, 16 / 10 / 14, and 20 in new.csv."""
     with open(release / "meta" / "meta.csv", newline="") as file:
         drawn = list(csv.DictReader(file))
     rows = []

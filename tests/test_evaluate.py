@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -379,7 +380,7 @@ def evaluate_csv(run, release, rows, name="new"):
     return results
 
 def test_seen_lesions_are_left_out(run, release, tmp_path, capsys):
-    """By name, whatever its photos; by either photo, though its file has other bytes; but not the run's test lesions."""
+    """By name, whatever its photos; by either photo, though its file has other bytes; not the run's test lesions."""
     photo = (release / "images" / "derm0003.jpg").read_bytes()
     (tmp_path / "derm.jpg").write_bytes(photo[:2] + b"\xff\xfe\x00\x07hello" + photo[2:])  # a comment
     rows = [{"case": "1", "clinical": 40, "dermoscopy": 40},
@@ -405,7 +406,8 @@ def test_predictions_without_labels_are_the_runs(run, release):
             assert abs(float(row[column]) - float(same[column])) < 1e-6, column
         odds = 1.0
         for branch in BRANCHES:
-            odds *= (float(row[f"{branch}/veil/present"]) / float(row[f"{branch}/veil/absent"])) ** decided["weights"][branch]
+            present, absent = float(row[f"{branch}/veil/present"]), float(row[f"{branch}/veil/absent"])
+            odds *= (present / absent) ** decided["weights"][branch]
         odds **= 1 / decided["temperature"]
         close(float(row["calibrated/veil/present"]), odds / (1 + odds), 1e-6)
     assert not (run / "new" / "results.json").exists()
@@ -437,6 +439,14 @@ def test_new_labels_are_matched_by_name_and_measured(run, release, capsys):
             close(value, metrics.roc_auc_score([row[task] == name for row in known], scores))
         right = [(float(row[f"{branch}/veil/present"]) > 0.5) == (row["veil"] == "present") for row in written]
         close(found["accuracy"]["veil"], np.mean(right))
+
+def test_names_match_whatever_the_letters_of_either_side(capsys):
+    """The run's classes and the release's: case, spaces and an ending .0 make no difference."""
+    new = SimpleNamespace(cases=list("abcd"), labels=np.array([[0, 1], [1, 0], [2, -1], [-1, 1]]),
+                          tasks={"diag": ("nv ", "mel", "bcc"), "Size": ("1.0", "2.0")})
+    found = evaluate.labels_for({"SIZE": ("2", "1"), "DIAG": ("MEL", "NV")}, new)
+    assert found.tolist() == [[0, 1], [1, 0], [-1, -1], [0, -1]]
+    assert "the run has no class diag/bcc;" in capsys.readouterr().out
 
 def test_exchanged_photos_are_another_release(run, pairs, tmp_path):
     exchanged = pairs.with_name("exchanged.csv")

@@ -104,7 +104,7 @@ def test_swa_of_a_run_is_torchs(tiny, monkeypatch, tmp_path):
     tiny("run", "--no-amp")
     found = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["state"]
     assert int(twins[0].n_averaged) == 2  # epochs 2 and 3
-    assert found["fusion_classifier.body.1.num_batches_tracked"] == 2  # of the pass through the training lesions at the end
+    assert found["fusion_classifier.body.1.num_batches_tracked"] == 2  # of the last pass through the training lesions
     for key, expected in twins[0].module.state_dict().items():
         if "num_batches" not in key:
             close(found[key], expected, 1e-5)
@@ -137,7 +137,8 @@ def test_defaults_are_the_papers():
                 "loss": "biased", "encoder": "shared", "fusion": "sca", "classifiers": "separate", "modality": "both"}
     assert {name: flags[name] for name in expected} == expected
     demo, given = train.parse(["--epochs", "4"])
-    assert demo["epochs"] == 4 and demo["backbone"] == "convnext_atto" and demo["batch_size"] == 24 and given == {"epochs": 4}
+    assert demo["epochs"] == 4 and demo["backbone"] == "convnext_atto" and demo["batch_size"] == 24
+    assert given == {"epochs": 4}
 
 @pytest.mark.parametrize("kind, epochs, swa_start", [("spc", 250, 201), ("isic", 150, 121)])
 def test_epochs_are_the_papers(kind, epochs, swa_start, pairs, tmp_path, monkeypatch):
@@ -204,7 +205,7 @@ def test_stopped_it_ends_in_the_same_bits(finished, tiny, monkeypatch, tmp_path)
 
 def test_killed_it_ends_in_the_same_bits(finished, pairs, tmp_path):
     """kill -9 at a moment that nobody chose."""
-    program = "import conftest, runpy; runpy.run_module('train', run_name='__main__')"  # conftest knows the small backbone
+    program = "import conftest, runpy; runpy.run_module('train', run_name='__main__')"  # which has the small backbone
     flags = ["--data", str(pairs), "--cache", str(tmp_path), *TINY, "--out", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", program, *flags], stdout=subprocess.DEVNULL,
@@ -309,19 +310,19 @@ def test_a_validation_split_of_one_class_has_no_auc(tiny, pairs):
     assert tiny("run", "--data", str(pairs.with_name("one.csv")), "--epochs", "1", "--swa-start", "1")["test"]
 
 def two_classes():
-    """Lesions of two classes, at random, 40 / 12 / 12: number, class, split, and the class that is exchanged in training."""
+    """Lesions of two classes, at random, 40 / 12 / 12: number, class, split, and the class exchanged in training."""
     classes = np.random.default_rng(0).integers(0, 2, 64)
     split = np.repeat(data.SPLITS, (40, 12, 12))
     return zip(range(64), classes, split, np.where(split == "train", 1 - classes, classes))
 
 def test_exchanged_labels_of_training_show_in_the_test_split(tiny, tmp_path):
-    """A lesion's brightness is its class. With the two classes of the training split exchanged, every answer is wrong; a loop
-    that mixed labels and photos, or splits, would end near 0.5."""
+    """A lesion's brightness is its class. With the two classes of the training split exchanged, every answer is wrong;
+    a loop that mixed labels and photos, or splits, would end near 0.5."""
     rows = []
     for n, bright, split, label in two_classes():
         for kind in "cd":
-            photo = np.random.default_rng([n, ord(kind)]).integers(0, 60, (32, 32, 3),
-                                                                   np.uint8) + np.uint8(120 * bright)
+            noise = np.random.default_rng([n, ord(kind)]).integers(0, 60, (32, 32, 3), np.uint8)
+            photo = noise + np.uint8(120 * bright)
             Image.fromarray(photo).save(tmp_path / f"{kind}{n}.png")
         rows.append((f"c{n}.png", f"d{n}.png", "ab"[label], split))
     write(tmp_path / "pairs.csv", ["clinical", "dermoscopy", "lesion", "split"], rows)
@@ -445,7 +446,7 @@ def test_the_relatives_are_stopped_resumed_evaluated_asked_and_meet_new_lesions(
     assert [file.read_bytes() for file in files] == before
 
 def test_words_belong_to_their_lesion(tiny, tmp_path):
-    """A lesion's class is its word, and all photos are alike. With the words of training exchanged, every answer is wrong."""
+    """A lesion's class is its word, photos are alike. With the words of training exchanged all answers are wrong."""
     rows = []
     for n, label, split, word in two_classes():
         noise = np.random.default_rng(n).integers(100, 110, (32, 32, 3), np.uint8)
