@@ -509,8 +509,8 @@ def draw_lesion(signs, rng, height):
     # The clinical photo: the same lesion at half the size, anywhere, blurred, in uneven light, with grain.
     top, left = rng.integers(H), rng.integers(W)
     wide = np.pad(dermoscopy, ((top, H - top), (left, W - left), (0, 0)), "edge")
-    blurred = np.asarray(Image.fromarray(wide).resize((W, H)).filter(ImageFilter.GaussianBlur(0.02 * H)))
-    light = rng.uniform(0.8, 1.05) + rng.uniform(-0.3, 0.3) * x[..., None]
+    blurred = np.asarray(Image.fromarray(wide).resize((W, H)).filter(ImageFilter.GaussianBlur(0.015 * H)))
+    light = rng.uniform(0.85, 1.05) + rng.uniform(-0.15, 0.15) * x[..., None]
     clinical = blurred * light + rng.normal(0, 5, image.shape)
     return clinical.clip(0, 255).astype(np.uint8), dermoscopy, np.uint8(255 * (depth > 0))
 

@@ -34,7 +34,7 @@ from model import RunError
 
 # Without --data: a demo for a laptop, about a minute on two cores. All other defaults are the paper's recipe.
 DEMO = {"backbone": "convnext_atto", "weights": "none", "clinical_weights": "none", "image_size": 96, "epochs": 10,
-        "lr": 1e-3}
+        "lr": 5e-4}
 UNNAMED = ("data", "cache", "out", "resume", "device", "seed", "amp", "compile")  # not in the name of a run's folder
 
 def between(kind, low, high):
