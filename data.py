@@ -4,7 +4,7 @@
     inputs = augment(torch.from_numpy(release.pixels[rows]), release.views, generator)      # view -> (B, 3, 224, 224)
 
 Shapes: N lesions, V pictures of a lesion, T tasks, B lesions of a batch, S the side of the square photos.
-Run `python data.py PATH` to see what is in a release.
+Run `python data.py PATH` to see what is in a release. For the method alone read Release, as_inputs and augment.
 """
 import argparse
 import csv
@@ -27,7 +27,7 @@ from PIL import Image, ImageFilter, ImageOps, __version__ as PILLOW
 from sklearn.model_selection import StratifiedGroupKFold
 
 SPLITS = ("train", "valid", "test")
-VIEWS = ("clinical", "dermoscopy")  # photos that a CSV file may name; a lesion may have a "mask", 255 inside, besides
+VIEWS = ("clinical", "dermoscopy")  # the photos; the `views` of a release may end with a "mask", 255 inside
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in RGB: what the pretrained weights expect
 UNKNOWN = ("?", "nan", "na", "n/a", "#n/a", "<na>", "null", "unknown")  # read as an empty cell
 METADATA = ("age", "age_approx", "sex", "skin_tone_class", "fitzpatrick_skin_type", "site", "anatom_site_general",
@@ -76,10 +76,10 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
     views = tuple(view for view in views if masks or view != "mask")
     find_photos(rows, views, folder)
     split_given = any(row["split"] for row in rows)
-    used = [row for row in rows if any(row[task] for task in tasks) and (row["split"] or not split_given)]
-    if to_train and len(used) < len(rows):
-        notes.append(f"WARNING: {len(rows) - len(used)} lesions have no label or no split and are left out")
-        rows = used
+    usable = [row for row in rows if any(row[task] for task in tasks) and (row["split"] or not split_given)]
+    if to_train and len(usable) < len(rows):
+        notes.append(f"WARNING: {len(rows) - len(usable)} lesions have no label or no split and are left out")
+        rows = usable
     require(rows, f"{path}: no lesion with all its photos and a label. {'; '.join(notes)}")
     cases = [row["case"] for row in rows]
     twice = [case for case, count in Counter(cases).items() if count > 1]
@@ -102,8 +102,8 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
         require(pixels[:, views.index("mask")].max() > 127, f"{path}: empty masks; they must be 255 inside the lesion")
     photos = [v for v, view in enumerate(views) if view != "mask"]
     digests = np.array([[digest(lesion[v, ::4, ::4].tobytes()) for v in photos] for lesion in pixels])
-    files = [[hashes[row[view]] for view in views] for row in used]  # not of all rows: to_train or not, one fingerprint
-    texts = [[row[column] for column in ("case", *tasks, *metadata)] for row in used]
+    files = [[hashes[row[view]] for view in views] for row in usable]  # not all rows: to_train or not, one fingerprint
+    texts = [[row[column] for column in ("case", *tasks, *metadata)] for row in usable]
     fingerprint = digest(repr((files, texts, list(tasks.items()), list(metadata))).encode())
     release = Release(kind, views, tasks, notes, cases, patients, labels, split, metadata,
                       pixels, digests, fingerprint, published)
@@ -111,7 +111,7 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
         check(release, path)
     return release
 
-# ------- the readers: kind, folder, views, tasks, rows, notes. Keys of a row: case, split, views (photo), tasks (class)
+# ----------------------------------- the readers. A row has keys: case, split, each view (a photo), each task (a class)
 
 # The Seven-Point Checklist, in the order of the paper's tables: task -> its column of meta.csv, class -> strings in it.
 SPC = {
@@ -139,7 +139,7 @@ HAM10000 = ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")
 MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC")
 
 def read_tables(path):
-    """What the first reader finds that fits `path`, a folder or its table."""
+    """kind, folder of the photos, views, tasks, rows, notes: of the first reader that fits `path`, folder or table."""
     readers = {"meta/meta.csv": read_spc, "ISIC-2017_Training_Part3_GroundTruth.csv": read_isic17,
                "*GroundTruth.csv": read_milk10k, "HAM10000_metadata.csv": read_ham, "metadata.csv": read_isic,
                "*.csv": read_pairs}

@@ -7,8 +7,8 @@
     python evaluate.py RUN --compare-paper    the figures of the PEMM paper beside ours
     python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg        one lesion; one photo will do
 
-Every probability is in predictions.csv: a row a lesion, a column a branch and class. Several branches are joined
-as "equal", the mean of their logits, and "weighted", with weights found on the validation split: the run's answer.
+Every probability is in predictions.csv: one row per lesion, one column per branch and class. Several branches are
+joined as "equal", the mean of their logits, and "weighted", with weights found on the validation split: the answer.
 Shapes: N lesions, T tasks, n_t classes of task t, K classes of all tasks together, R resamples.
 """
 import argparse
@@ -39,7 +39,7 @@ PAPER = {
     "auc": [94.7, 93.0, 90.8, 94.9, 91.7, 86.7, 83.8, 90.1, 84.4, 79.4, 86.1, 84.9, 80.7, 84.0, 93.9, 88.5, 85.4, 87.6],
     "accuracy": [77.7, 73.7, 76.0, 71.9, 83.0, 65.6, 88.9, 82.5, 77.4]}
 # Table 4, corrected: class -> test positives, true and false positives. As printed no confusion matrix fits; all eight
-# do if PRE and SEN change places and SPE is the negative predictive value. So "sensitivity 64.1" is a precision.
+# do if PRE and SEN change places and SPE is the negative predictive value. So its mean "SEN", 64.1, is a precision.
 PAPER_TABLE_4 = {"DIAG/MEL": (101, 66, 24), "PN/ATP": (93, 53, 32), "STR/IR": (94, 49, 36), "PIG/IR": (124, 80, 37),
                  "RS/PRS": (106, 56, 17), "DaG/IR": (177, 138, 56), "BWV/PRS": (75, 55, 24), "VS/IR": (30, 5, 10)}
 
@@ -68,8 +68,8 @@ def predict(network, pixels, views, words, device, amp):
             overlaps["dice"].append(torch.where(either > 0, 2 * both / (both + either), 1.0))
         outputs.pop("mask", None)
         for branch, logits in outputs.items():
-            tasks = [z.float().cpu().double().softmax(1) for z in logits]  # on the CPU: mps has no float64
-            branches[branch].append(torch.cat(tasks, 1))
+            probabilities = [z.float().cpu().double().softmax(1) for z in logits]  # on the CPU: mps has no float64
+            branches[branch].append(torch.cat(probabilities, 1))
     branches = {branch: torch.cat(parts).numpy() for branch, parts in branches.items()}
     return branches, {name: torch.cat(parts).cpu().double().numpy() for name, parts in overlaps.items()}
 
@@ -120,8 +120,8 @@ def decide(p, rule="near"):
 # ----------------------------------------------------------------------------------------------- metrics and statistics
 
 def each_task(probabilities, labels, tasks):
-    """For each task with labels: its name, which lesions have one (N,), their scores (n, n_t) and classes (n,), and its
-    columns of Table 1, class number -> "task/class", without "absent", the first of two, and what none or all have."""
+    """For each task with labels: its name; `known`, (N,) bool; the known lesions' probabilities (n, n_t) and classes
+    (n,); class number -> "task/class" for Table 1, without "absent", the first of two, and what none or all have."""
     for t, (task, classes) in enumerate(tasks.items()):
         known = labels[:, t] >= 0
         truth = labels[known, t]
@@ -146,13 +146,13 @@ def measure(probabilities, labels, tasks):
             found["sensitivity"][column] = called[positive].mean()
             found["specificity"][column] = (~called)[~positive].mean()
     means = {f"mean_{name}": float(np.mean(list(each.values()))) for name, each in found.items()}
-    if len(tasks) == 1 and means:  # MAT's Table 1
+    if len(tasks) == 1 and means:  # MAT's Table 1; scores and truth are still the only task's
         means["lrap"] = float(metrics.label_ranking_average_precision_score(np.eye(scores.shape[1])[truth], scores))
     return dict(found) | means
 
 def resamples(labels):
-    """How often each lesion counts, (1 + R, N): in row 0 once (no resampling), then as drawn, alike for every run, to
-    pair them. With one task alone each class is drawn by itself: no resample then lacks one, which biases the mean."""
+    """How often each lesion counts, (1 + R, N). Row 0: once. Others: drawn with replacement, the same for every run, so
+    that runs pair up. A single task is drawn class by class: a resample without a class would bias the mean."""
     rng, counts = np.random.default_rng(0), np.ones((1 + RESAMPLES, len(labels)))
     strata = labels[:, 0] if labels.shape[1] == 1 else np.zeros(len(labels))
     for stratum in np.unique(strata):
@@ -231,7 +231,7 @@ def write_predictions(path, p, branches):
     write(path, text.getvalue())
 
 def lesions_of(saved):
-    """The lesions that are not "train", still without an answer, of a model.pt or as evaluate_new has marked them."""
+    """Predictions without branches: the lesions of a model.pt (or evaluate_new's stand-in) not marked "train"."""
     tested = np.array(saved["split"]) != "train"
     cases, split, labels = (np.array(saved[name])[tested] for name in ("cases", "split", "labels"))
     metadata = {column: np.array(texts)[tested] for column, texts in saved["metadata"].items()}
@@ -309,7 +309,7 @@ def evaluate_new(run, path, cache, device, rule="near"):
     saved = load_checkpoint(Path(run) / "model.pt", device)
     flags, seen = saved["flags"], np.array(saved["split"]) != "test"
     release = data.read(path, flags["image_size"], cache, to_train=False, masks=flags["model"] == "clnet")
-    if release.fingerprint == saved["release"]:
+    if release.fingerprint == saved["fingerprint"]:
         print(f"{path}: the run's own release. Its validation and test lesions are predicted again")
         return evaluate_run(run, release, device, rule)
     by_name = np.isin(release.cases, np.array(saved["cases"])[seen])
@@ -388,7 +388,7 @@ def print_groups(saved, results):
     groups, rows, means = defaultdict(list), {}, list(results[0]["means"])
     for each, result in zip(saved, results):
         setting = [f"{flag} {value}" for flag, value in each["flags"].items()
-                   if flag not in ("seed", "out", "resume", "data", "cache", "device")
+                   if flag not in ("seed", "out", "resume", "data", "cache", "device", "amp", "compile")
                    and any(other["flags"].get(flag) != value for other in saved)]
         groups[", ".join(setting) or "all runs"].append([100 * result["means"].get(name, np.nan) for name in means])
     for setting, values in groups.items():
@@ -446,9 +446,9 @@ def one_lesion(run, paths, about, device, rule="near"):
         w = of_pooled[0].mean((2, 3), keepdim=True)  # Eq. 2
         heats = (w * pooled[0]).relu().sum(1)  # Eq. 3: (1, H_4, W_4)
     path = Path(run) / f"lesion-{Path(paths[first]).stem}.png"
+    print(text, end="")
     draw(path, text, photos, heats, attended, outputs.get("mask"))
-    print(f"{text}the photos, what counts in them and what is read of them: {path}")
-    print("For research: this is no medical device.")
+    print(f"the photos, what counts in them and what is read of them: {path}\nFor research: this is no medical device.")
     return answer
 
 def draw(path, text, photos, heats, attended, mask):
@@ -498,13 +498,13 @@ def main(argv=None):
         about = {column: told[column] for column in data.METADATA if column in told} | told  # in the order of training
         return one_lesion(runs[0], paths, about, device, args.rule)
     saved = [load_checkpoint(Path(run) / "model.pt") for run in runs]
-    if len({(each["release"], *each["split"]) for each in saved}) > 1:
+    if len({(each["fingerprint"], *each["split"]) for each in saved}) > 1:
         raise RunError(f"{', '.join(runs)} have different lesions; look at them one by one")
     if args.compare_paper and (args.data or not saved[0]["published"]):
         raise RunError("--compare-paper: the figures are of a run on the published derm7pt, and of its own lesions")
-    found = [evaluate_new(run, args.data, args.cache, device, args.rule) if args.data
-             else evaluate_run(run, rule=args.rule) for run in runs]
-    n, results, predicted = len(args.runs), [each for each, _ in found], [p for _, p in found]
+    evaluated = [evaluate_new(run, args.data, args.cache, device, args.rule) if args.data
+                 else evaluate_run(run, rule=args.rule) for run in runs]
+    n, results, predicted = len(args.runs), [each for each, _ in evaluated], [p for _, p in evaluated]
     if results[0] and n > 1:
         print_groups(saved[:n], results)
     elif results[0]:

@@ -35,7 +35,7 @@ class RunError(ValueError):
 
 class Classifier(nn.Module):
     """(B, features) -> T logit tensors (B, n_t). Layers and rate are those of the authors' earlier public code,
-    FusionM4Net; with them every parameter count of the paper comes out."""
+    FusionM4Net; with them every parameter count of the paper comes out but one misprint (see main)."""
 
     def __init__(self, features, num_classes):
         super().__init__()
@@ -304,7 +304,7 @@ def load(saved, device):
     """The network whose weights are in `saved`, a run's model.pt."""
     num_classes = [len(classes) for classes in saved["tasks"].values()]
     network = make(saved["flags"], num_classes, len(saved["vocabulary"])).to(device).eval()
-    network.load_state_dict(saved["state"])
+    network.load_state_dict(saved["network"])
     return network
 
 def find_device(name=None):

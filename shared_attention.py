@@ -11,8 +11,8 @@ What crosses? Sec. 3.2 names only a modality's own q, k and v, and Fig. 3 leaves
     "swapped"  each computes its own softmax(q k^T), unscaled, and applies the other's to its own values (CAFNet)
 
 The pretrained encoder must not be disturbed at first: the value layer starts at zero, so refined = x. A gate that
-starts at zero, x + gate * read, would stay nearly shut: Adam moves a number by about the learning rate a step, in all
-250 epochs x 18 steps x 1.5e-5 (the mean rate) = 0.07. A value is a sum over C weights, and each can move that far.
+starts at zero, x + gate * read, would stay nearly shut: Adam moves a number by about the learning rate a step, and
+250 epochs x 18 steps x 1.5e-5, the mean rate, are 0.07. A value sums over C weights, and each can move that far.
 
 Shapes: B pairs, C channels, H x W the map, N = H W its places ("tokens"), d = C/8.
 Run `python shared_attention.py` to see the parameters, and the plain formula beside the fast one.
@@ -34,7 +34,7 @@ def tokens(x):
     return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
 
 def refined(x, q, k, v):
-    return x + attend(q, k, v).transpose(1, 2).view(x.shape)  # attend is plain_attention; (B, N, C) -> (B, C, H, W)
+    return x + attend(q, k, v).transpose(1, 2).view(x.shape)  # attend: a faster plain_attention, defined below
 
 class Projections(nn.Module):
     """The three convolutions of Fig. 3. On tokens, a 1x1 convolution is a linear layer. Queries come scaled."""

@@ -83,7 +83,7 @@ def parse(argv):
     add("--seed", default=0, type=between(int, 0, 2 ** 63 - 1), help="of weights, order, augmentation and dropout")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (ours: where the hardware has it)")
     add("--compile", default=False, action=argparse.BooleanOptionalAction, help="torch.compile: a minute to begin with")
-    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # all None: no default is filled in
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # defaults fill only what is not there
     given = {flag: value for flag, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
     if "data" not in given:
         parser.set_defaults(**DEMO)
@@ -97,7 +97,7 @@ def parse(argv):
     if flags["loss"] == "equal":
         idle.add("w")
     useless = sorted(flag for flag in idle & given.keys() if given[flag] != parser.get_default(flag))
-    if useless:
+    if useless and "resume" not in given:  # else main compares them with the run's own flags
         parser.error(f"{', '.join(useless)}: this would change nothing beside the other flags".replace("_", "-"))
     return flags, given
 
@@ -210,7 +210,7 @@ def main(argv=None):
     for note in release.notes:
         print(note)
 
-    if state and (state["release"] != release.fingerprint or state["split"] != release.split.tolist()):
+    if state and (state["fingerprint"] != release.fingerprint or state["split"] != release.split.tolist()):
         raise RunError(f"{path} is not what {run} began with: photos, labels or split are others. Begin a new run")
     if flags["epochs"] is None:
         flags["epochs"] = 250 if release.kind in ("spc", "synthetic") else 150  # paper, Sec. 4.1
@@ -220,7 +220,7 @@ def main(argv=None):
         raise RunError(f"--swa-start {flags['swa_start']} is after the last of {flags['epochs']} epochs")
     if flags["amp"] is None:
         flags["amp"] = has_bfloat16(device)
-    if not state:
+    if not state:  # a new run: its folder is named after the flags that were given
         named = [f"{flag}-{Path(str(given[flag])).name}" for flag in given if flag not in UNNAMED]
         run = Path(flags["out"] or "runs/" + "-".join([release.kind, *named, str(flags["seed"])]))
     try:
@@ -236,7 +236,7 @@ def fit(run, flags, release, device, state=None):
     """The recipe, from a Release to model.pt. `state` is the last.pt of a run that goes on."""
     torch.manual_seed(flags["seed"])
     num_classes = [len(classes) for classes in release.tasks.values()]
-    vocabulary = data.make_vocabulary(release)
+    vocabulary = data.make_vocabulary(release)  # for MAT; the other models ignore the words
     network = model.make(flags, num_classes, len(vocabulary), pretrained=not state).to(device)
     needed = set(network.reads) - {"words"}
     if flags["model"] == "clnet" and flags["tasks"] != "class":
@@ -256,8 +256,8 @@ def fit(run, flags, release, device, state=None):
     def save_checkpoint(epoch):
         """All that is needed to go on after this epoch; `average` and `log` are set below."""
         save(run / "last.pt", {
-            "flags": flags, "release": release.fingerprint, "split": release.split.tolist(), "epoch": epoch, "log": log,
-            "network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
+            "flags": flags, "fingerprint": release.fingerprint, "split": release.split.tolist(), "epoch": epoch,
+            "log": log, "network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
             "random": random_state(device)})
 
     def feed():
@@ -280,7 +280,7 @@ def fit(run, flags, release, device, state=None):
     print(f"{run}: {model.count_parameters(network, as_in_paper=False):,} parameters, {len(train_rows)} / "
           f"{len(release.rows('valid'))} / {len(release.rows('test'))} lesions, {flags['epochs']} epochs on {device}")
 
-    next_save = 0.0  # a time
+    next_save = 0.0  # when the next save is due, on perf_counter's clock
     for epoch in range(first, flags["epochs"]):
         clock = time.perf_counter()
         network.train()
@@ -328,8 +328,8 @@ def fit(run, flags, release, device, state=None):
             weight.copy_(mean)
     re_estimate(network, feed(), autocast)
     save(run / "model.pt", {
-        "state": network.state_dict(), "flags": flags, "vocabulary": vocabulary, "tasks": release.tasks,
-        "release": release.fingerprint, "published": release.published, "cases": release.cases,
+        "network": network.state_dict(), "flags": flags, "vocabulary": vocabulary, "tasks": release.tasks,
+        "fingerprint": release.fingerprint, "published": release.published, "cases": release.cases,
         "split": release.split.tolist(), "labels": release.labels.tolist(), "digests": release.digests.tolist(),
         "metadata": release.metadata})
 

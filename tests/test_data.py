@@ -177,6 +177,7 @@ def test_to_predict_neither_labels_nor_a_split_are_needed(tmp_path):
     with pytest.raises(DataError, match="no lesion with all its photos and a label"):
         data.read(tmp_path, 16)
 
+@pytest.mark.filterwarnings("ignore:The least populated class")
 @pytest.mark.parametrize("text", ["", "?", "NaN", "N/A", "#N/A", "<NA>", "null", "Unknown"])
 def test_unknown_texts_are_no_class(text, tmp_path):
     table = make_pairs(tmp_path, 24) / "pairs.csv"

@@ -268,7 +268,7 @@ def remake(run, **flags):
     """Gives the run another, untrained network."""
     def change(saved):
         saved["flags"].update(flags)
-        saved["state"] = model.make(saved["flags"], [len(classes) for classes in saved["tasks"].values()]).state_dict()
+        saved["network"] = model.make(saved["flags"], [len(classes) for classes in saved["tasks"].values()]).state_dict()
 
     edit(run, change)
 
@@ -327,7 +327,7 @@ def test_groups_and_difference_of_runs(run, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "w 0.1" in text and "w 0.3" in text and "seed" not in text
 
-@pytest.mark.parametrize("change", [{"release": "other photos"}, {"split": ["test"] * 40}], ids=["release", "split"])
+@pytest.mark.parametrize("change", [{"fingerprint": "other photos"}, {"split": ["test"] * 40}], ids=["fingerprint", "split"])
 def test_runs_on_other_lesions_are_not_compared(change, run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     edit(other, lambda saved: saved.update(change))
@@ -554,6 +554,14 @@ def test_long_class_names_do_not_break_the_picture(run, release):
     edit(run, lambda saved: saved["tasks"].update(veil=("ä" * 75, "b" * 750)))
     with_branches(run, {branch: np.full((24, 5), 0.3) for branch in BRANCHES})
     assert len(evaluate.one_lesion(run, photos(release), {}, CPU)["veil"]) == 2
+
+def test_the_answer_is_said_before_a_picture_that_cannot_be_written(run, release, monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(evaluate, "draw", refuse)
+    with pytest.raises(PermissionError):
+        evaluate.one_lesion(run, photos(release), {}, CPU)
+    assert "veil: " in capsys.readouterr().out
 
 @pytest.mark.parametrize("learns", ["class", "both"])
 def test_clnets_activation_map_is_worked_out_by_hand(learns, run, release, monkeypatch):

@@ -43,7 +43,7 @@ def assert_same_run(one, other):
     """Weights, average, log, predictions and results, to the bit."""
     for name in ("log.csv", "predictions.csv", "results.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    a, b = (torch.load(run / "model.pt", weights_only=True)["state"] for run in (one, other))
+    a, b = (torch.load(run / "model.pt", weights_only=True)["network"] for run in (one, other))
     assert a.keys() == b.keys()
     for key in a:
         assert torch.equal(a[key], b[key]), f"{key}: largest difference {(a[key] - b[key]).abs().max():.1e}"
@@ -102,7 +102,7 @@ def test_swa_of_a_run_is_torchs(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "average_in", average_both)
     monkeypatch.setattr(train, "re_estimate", estimate_both)
     tiny("run", "--no-amp")
-    found = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["state"]
+    found = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["network"]
     assert int(twins[0].n_averaged) == 2  # epochs 2 and 3
     assert found["fusion_classifier.body.1.num_batches_tracked"] == 2  # of the last pass through the training lesions
     for key, expected in twins[0].module.state_dict().items():
@@ -376,6 +376,10 @@ def test_flags_out_of_range_are_usage_errors(flags, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(flags)
     assert end.value.code == 2 and "error:" in capsys.readouterr().err
+
+def test_a_flag_of_the_run_that_goes_on_may_be_repeated():
+    """Whether it changes something depends on the run's --model, which is not given again."""
+    assert train.parse(["--resume", "RUN", "--unit", "sa-sa"])[1] == {"resume": "RUN", "unit": "sa-sa"}
 
 def test_the_program_ends_with_one_sentence(pairs, tmp_path, capsys):
     arguments = ["--data", str(pairs), "--cache", str(tmp_path), *TINY, "--out", "/dev/null/run"]
