@@ -58,7 +58,7 @@ class Release:
     cases: list  # N names
     patients: list  # N, "" unknown
     labels: np.ndarray  # (N, T) int64, -1 unknown
-    split: np.ndarray  # (N,) strings of SPLITS
+    split: np.ndarray  # (N,) strings of SPLITS; "" where none was given and none is made (to_train=False)
     metadata: dict  # column of METADATA -> N strings
     pixels: np.ndarray  # (N, V, S, S, 3) uint8, memory-mapped
     digests: np.ndarray  # (N, photos) hashes of the decoded photos, of every fourth pixel of every fourth row
@@ -102,7 +102,7 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
         require(pixels[:, views.index("mask")].max() > 127, f"{path}: empty masks; they must be 255 inside the lesion")
     photos = [v for v, view in enumerate(views) if view != "mask"]
     digests = np.array([[digest(lesion[v, ::4, ::4].tobytes()) for v in photos] for lesion in pixels])
-    files = [[hashes[row[view]] for view in views] for row in usable]  # not all rows: to_train or not, one fingerprint
+    files = [[hashes[row[view]] for view in views] for row in usable]  # usable: the same with to_train=False
     texts = [[row[column] for column in ("case", *tasks, *metadata)] for row in usable]
     fingerprint = digest(repr((files, texts, list(tasks.items()), list(metadata))).encode())
     release = Release(kind, views, tasks, notes, cases, patients, labels, split, metadata,
@@ -141,7 +141,7 @@ MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV"
 def read_tables(path):
     """kind, folder of the photos, views, tasks, rows, notes: of the first reader that fits `path`, folder or table."""
     readers = {"meta/meta.csv": read_spc, "ISIC-2017_Training_Part3_GroundTruth.csv": read_isic17,
-               "*GroundTruth.csv": read_milk10k, "HAM10000_metadata.csv": read_ham, "metadata.csv": read_isic,
+               "HAM10000_metadata.csv": read_ham, "*GroundTruth.csv": read_milk10k, "metadata.csv": read_isic,
                "*.csv": read_pairs}
     for pattern, reader in readers.items():
         tables = [path] if path.is_file() and path.match(pattern) else list(path.glob(pattern))
@@ -404,7 +404,7 @@ def augment(pixels, views, generator):
     angle = quarters * np.pi / 2 + moved * between(-np.pi / 4, np.pi / 4, B)
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), 1).view(B, 2, 2)
     zoom = 1 + moved * between(-0.5, 0.5, B)
-    shift = moved.view(B, 1) * between(-1 / 8, 1 / 8, B, 2)  # the grid's side is 2 long
+    shift = moved.view(B, 1) * between(-1 / 8, 1 / 8, B, 2)  # up to 1/16 of the side: the grid's side is 2 long
     affine = torch.cat((turn @ flips / zoom.view(B, 1, 1), shift.view(B, 2, 1)), 2).to(pixels.device)  # (B, 2, 3)
     x = pixels.permute(0, 1, 4, 2, 3).reshape(B, 3 * V, S, S).float()  # all pictures as one image of 3V channels
     grid = F.affine_grid(affine, x.shape, align_corners=False)
@@ -419,7 +419,7 @@ def augment(pixels, views, generator):
     return as_inputs(x.permute(0, 1, 3, 4, 2), views)
 
 def word(column, text):
-    """What is known of a patient as one word, the same in every release: "age from 40", "site lower extremity"."""
+    """One thing known of a patient, the same in every release: "age from 40", "site lower extremity"."""
     column = "site" if column in ("localization", "location", "anatom_site_general") else column.removesuffix("_approx")
     text = same_text(text.replace("_", " "))
     if column == "age" and text.replace(".", "", 1).isdecimal():
@@ -482,9 +482,10 @@ def draw_lesion(signs, rng, height):
     """Clinical and dermoscopy photo, both (H, W, 3), and the mask (H, W) of the lesion in the second, all uint8."""
     H, W = height, height * 3 // 2  # y, x and all lengths are in units of H, places are from the centre
     y, x = np.meshgrid(np.linspace(-0.5, 0.5, H), np.linspace(-0.75, 0.75, W), indexing="ij")
-    colours = {"NEV": (168, 112, 78), "MEL": (168, 112, 78), "BCC": (222, 150, 150), "SK": (140, 118, 96),
-               "MISC": (190, 120, 105), "PIG": (100, 62, 40), "RS": (240, 228, 224), "BWV": (100, 120, 165),
-               "PN": (75, 45, 28), "STR": (55, 33, 25), "DaG": (45, 28, 24), "VS": (200, 30, 50)}
+    body = {"NEV": (168, 112, 78), "MEL": (168, 112, 78), "BCC": (222, 150, 150), "SK": (140, 118, 96),
+            "MISC": (190, 120, 105)}  # colours of the diagnoses
+    marks = {"PIG": (100, 62, 40), "RS": (240, 228, 224), "BWV": (100, 120, 165), "PN": (75, 45, 28),
+             "STR": (55, 33, 25), "DaG": (45, 28, 24), "VS": (200, 30, 50)}  # and of the criteria
     patterns = {"PN": lambda x, y: np.maximum(np.cos(100 * x), np.cos(100 * y)) > 0.6,  # a mesh
                 "STR": lambda x, y: np.cos(16 * np.arctan2(y, x)) > 0.4,  # rays
                 "DaG": lambda x, y: np.cos(70 * x) + np.cos(70 * y) > 1.2,  # dots
@@ -493,16 +494,15 @@ def draw_lesion(signs, rng, height):
     depth = radius - np.hypot(y, x)  # to the wavy outline; > 0 inside
     lesion = np.clip(depth / 0.03, 0, 1)  # the mask with a soft edge
     image = np.full((H, W, 3), (232, 190, 170)) * rng.uniform(0.9, 1.04)  # skin
-    image += lesion[..., None] * (colours[signs["DIAG"]] - image)
-    for task, colour in colours.items():  # a mark for each criterion (signs has no "NEV"): patches, then patterns
-        sign = signs.get(task, "absent")
-        if sign != "absent":
-            place, size, strength = (0, 0), 1, 0.7
-            if sign in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, stronger
-                place, size, strength = rng.choice([-0.15, 0.15], 2), 1.5, 0.95
-            blob = np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / (0.15 * size) ** 2)
-            if task in patterns:  # the blob grows to twice the size
-                blob = blob ** 0.25 * patterns[task](x / size, y / size)
+    image += lesion[..., None] * (body[signs["DIAG"]] - image)
+    for task, colour in marks.items():  # patches, then patterns, over one another
+        if signs[task] != "absent":
+            place, scale, strength = (0, 0), 1, 0.7
+            if signs[task] in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, stronger
+                place, scale, strength = rng.choice([-0.15, 0.15], 2), 1.5, 0.95
+            blob = np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / (0.15 * scale) ** 2)
+            if task in patterns:  # the blob grows to twice the scale
+                blob = blob ** 0.25 * patterns[task](x / scale, y / scale)
             image += (strength * lesion * blob)[..., None] * (colour - image)
     dermoscopy = image.clip(0, 255).astype(np.uint8)
 

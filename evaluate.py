@@ -7,8 +7,8 @@
     python evaluate.py RUN --compare-paper    the figures of the PEMM paper beside ours
     python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg        one lesion; one photo will do
 
-Every probability is in predictions.csv: one row per lesion, one column per branch and class. Several branches are
-joined as "equal", the mean of their logits, and "weighted", with weights found on the validation split: the answer.
+predictions.csv has every probability: a row a lesion, a column a branch and class. "equal" is the mean of the branches'
+logits, "weighted" their mean with weights found on validation: the answer; "calibrated" is it over a temperature.
 Shapes: N lesions, T tasks, n_t classes of task t, K classes of all tasks together, R resamples.
 """
 import argparse
@@ -33,7 +33,7 @@ from model import RunError
 STEPS = 20  # branch weights are multiples of 1/20 (ours: 203 validation cases cannot tell finer)
 RESAMPLES = 1000  # of the bootstrap (ours)
 MEANS = {"mean_auc": "AUC", "mean_accuracy": "accuracy", "mean_macro_f1": "macro F1", "mean_ap": "AP", "lrap": "LRAP",
-         "jaccard": "Jaccard", "dice": "Dice"}
+         "jaccard": "Jaccard", "dice": "Dice"}  # names in results.json -> in our tables
 # The paper's PEMM, %: Tables 1 and 2, means last. These are its best runs; the mean of five is 87.1 and 76.8 (Table 5).
 PAPER = {
     "auc": [94.7, 93.0, 90.8, 94.9, 91.7, 86.7, 83.8, 90.1, 84.4, 79.4, 86.1, 84.9, 80.7, 84.0, 93.9, 88.5, 85.4, 87.6],
@@ -91,7 +91,7 @@ def hits(probabilities, labels, tasks):
 
 def search_weights(branches, labels, tasks, rule="near"):
     """Weights of three branches, the same for all tasks (paper, Sec. 4.1); of any other number, equal ones. "maximum":
-    the most accurate triple. "near", ours: the nearest to equal of all within a standard error of it. Ties: nearest."""
+    the most accurate triple. "near", ours: of all within a standard error of that, the most equal, as in a tie."""
     if len(branches) != 3:
         return dict.fromkeys(branches, 1 / len(branches))
     triples = np.array([(c, d, STEPS - c - d) for c in range(STEPS + 1) for d in range(STEPS + 1 - c)]) / STEPS
@@ -168,7 +168,7 @@ def resampled_auc(scores, positive, counts):
     return np.ma.divide(won, of_positives.sum(1) * of_negatives.sum(1))  # masked where there is no pair
 
 def bootstrap(probabilities, labels, tasks):
-    """AUC and accuracy of each column in each resample, masked where it lacks the class: mean -> (columns, 1 + R)."""
+    """The terms of mean_auc and mean_accuracy, (columns, 1 + R): a row a column, masked where it lacks the class."""
     found, counts = defaultdict(list), resamples(labels)
     for _, known, scores, truth, columns in each_task(probabilities, labels, tasks):
         count = counts[:, known]
@@ -424,12 +424,12 @@ def one_lesion(run, paths, about, device, rule="near"):
     pixels = torch.tensor(np.stack(list(photos.values())), device=device)[None].float().requires_grad_()
     inputs = data.as_inputs(pixels, photos)
     inputs["words"] = torch.from_numpy(data.as_words(about, vocabulary, 1)).to(device)
-    attended, pooled = {}, []  # what the second stage's attention reads of each photo; what CLNet's classifier pools
+    attended, last_maps = {}, []  # what the second stage's attention reads of each photo; the last map that CLNet pools
     if len(photos) == 2 and network.attentions:
         network.attentions[1].register_forward_pre_hook(lambda module, maps: attended.update(module.read_of(*maps)))
     if saved["flags"]["model"] == "clnet" and weights:
-        before = [*network.encoders[0].stages, *network.fusions][-1]
-        before.register_forward_hook(lambda module, inputs, output: pooled.append(output))
+        last_stage = [*network.encoders[0].stages, *network.fusions][-1]
+        last_stage.register_forward_hook(lambda module, read, output: last_maps.append(output))
     outputs = network(*(inputs.get(name, inputs[first]) for name in network.reads))
     certainty, answer, text = 0 * pixels.sum(), {}, ""  # 0 where no class is predicted
     for t, (task, classes) in enumerate(saved["tasks"].items()):
@@ -440,11 +440,11 @@ def one_lesion(run, paths, about, device, rule="near"):
             answer[task] = dict(zip(classes, chances.tolist()))
             shown = "  ".join(f"{name} {100 * chance:.0f}%" for name, chance in answer[task].items())
             text += f"{task}: {classes[chances.argmax()]}   ({shown})\n"
-    of_pixels, *of_pooled = torch.autograd.grad(certainty, [pixels, *pooled])
+    of_pixels, *of_maps = torch.autograd.grad(certainty, [pixels, *last_maps])  # its gradients
     heats = gaussian_blur(of_pixels[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S) saliency
-    if pooled:  # CLNet's map. Its paper says Grad-CAM++, but Eq. 2 is Grad-CAM's, and Eq. 3 has the ReLU inside the sum
-        w = of_pooled[0].mean((2, 3), keepdim=True)  # Eq. 2
-        heats = (w * pooled[0]).relu().sum(1)  # Eq. 3: (1, H_4, W_4)
+    if last_maps:  # CLNet's paper says Grad-CAM++, but Eq. 2 is Grad-CAM's, and Eq. 3 has the ReLU inside the sum
+        w = of_maps[0].mean((2, 3), keepdim=True)  # Eq. 2
+        heats = (w * last_maps[0]).relu().sum(1)  # Eq. 3: (1, H_4, W_4)
     path = Path(run) / f"lesion-{Path(paths[first]).stem}.png"
     print(text, end="")
     draw(path, text, photos, heats, attended, outputs.get("mask"))
@@ -499,9 +499,9 @@ def main(argv=None):
         return one_lesion(runs[0], paths, about, device, args.rule)
     saved = [load_checkpoint(Path(run) / "model.pt") for run in runs]
     if len({(each["fingerprint"], *each["split"]) for each in saved}) > 1:
-        raise RunError(f"{', '.join(runs)} have different lesions; look at them one by one")
-    if args.compare_paper and (args.data or not saved[0]["published"]):
-        raise RunError("--compare-paper: the figures are of a run on the published derm7pt, and of its own lesions")
+        raise RunError(f"{', '.join(runs)} have different lesions (or only some have masks); look at them one by one")
+    if args.compare_paper and (args.data or len(args.runs) > 1 or not saved[0]["published"]):
+        raise RunError("--compare-paper: for one run on the published derm7pt, and its own lesions")
     evaluated = [evaluate_new(run, args.data, args.cache, device, args.rule) if args.data
                  else evaluate_run(run, rule=args.rule) for run in runs]
     n, results, predicted = len(args.runs), [each for each, _ in evaluated], [p for _, p in evaluated]

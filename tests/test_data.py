@@ -217,6 +217,7 @@ def make_ham(folder, n=40):
         rows.append((f"HAM_{i // 2:07}", name, ("nv", "mel")[i // 2 % 2], "follow_up", 45.0, "male", "lower extremity"))
     write(folder / "HAM10000_metadata.csv", ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"],
           rows)
+    write(folder / "ISIC2018_Task3_Test_GroundTruth.csv", ["image_id", "dx"], [("ISIC_1", "nv")])  # comes with it
     return folder
 
 def test_ham10000_with_its_masks(tmp_path):
@@ -225,8 +226,8 @@ def test_ham10000_with_its_masks(tmp_path):
     assert Counter(found.split) == {"train": 64, "valid": 8, "test": 8}  # MAT, Sec. 3.1
     assert all(len(set(found.split[n:n + 2])) == 1 for n in range(0, 80, 2)), "two photos of a lesion in two splits"
     assert (found.labels[:4, 0] == [5, 5, 4, 4]).all() and "dx_type" not in found.metadata
-    assert [int(mask[0, :, 0].sum()) // 255 for mask in found.pixels[:20,
-                                                                     1]] == list(range(20)), "masks of other photos"
+    white = [int(mask[0, :, 0].sum()) // 255 for mask in found.pixels[:20, 1]]
+    assert white == list(range(20)), "masks of other photos"
     assert data.read(tmp_path / "ham", 40).views == ("dermoscopy",)
     for path in (tmp_path / "ham/masks").iterdir():  # 0 and 1 instead of 0 and 255
         Image.fromarray(np.asarray(Image.open(path)) // 255).save(path)

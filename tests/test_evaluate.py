@@ -327,7 +327,7 @@ def test_groups_and_difference_of_runs(run, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "w 0.1" in text and "w 0.3" in text and "seed" not in text
 
-@pytest.mark.parametrize("change", [{"fingerprint": "other photos"}, {"split": ["test"] * 40}], ids=["fingerprint", "split"])
+@pytest.mark.parametrize("change", [{"fingerprint": "other"}, {"split": ["test"] * 40}], ids=["fingerprint", "split"])
 def test_runs_on_other_lesions_are_not_compared(change, run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     edit(other, lambda saved: saved.update(change))
@@ -338,6 +338,9 @@ def test_runs_on_other_lesions_are_not_compared(change, run, tmp_path):
 def test_paper_is_compared_on_the_published_lesions_alone(run, tmp_path, capsys):
     with pytest.raises(RunError, match="--compare-paper"):
         evaluate.main([str(run), "--compare-paper"])
+    edit(run, lambda saved: saved.update(published=True))
+    with pytest.raises(RunError, match="--compare-paper: for one run"):
+        evaluate.main([str(run), str(run), "--compare-paper"])
     p = predictions(*made(300, data.SPC_TASKS), data.SPC_TASKS)
     evaluate.print_tables(evaluate.finish(tmp_path, p, evaluate.decide(p)), compare=True)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
