@@ -268,7 +268,8 @@ def remake(run, **flags):
     """Gives the run another, untrained network."""
     def change(saved):
         saved["flags"].update(flags)
-        saved["network"] = model.make(saved["flags"], [len(classes) for classes in saved["tasks"].values()]).state_dict()
+        num_classes = [len(classes) for classes in saved["tasks"].values()]
+        saved["network"] = model.make(saved["flags"], num_classes).state_dict()
 
     edit(run, change)
 
