@@ -95,7 +95,7 @@ def test_every_other_backbone_makes_a_pemm(name):
 @pytest.mark.parametrize("name, encoder, one_batch", [
     ("convnext_mini", "shared", True), ("convnext_mini", "separate", False), ("resnet50", "shared", False),
     ("densenet201", "shared", False)])
-def test_batch_norm_never_mixes_the_modalities(name, encoder, one_batch):
+def test_with_batch_norm_each_photo_goes_alone(name, encoder, one_batch):
     with undrawn(), torch.device("meta"):
         assert PEMM(name, encoder=encoder).one_batch == one_batch
 
