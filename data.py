@@ -1,539 +1,1654 @@
 """Data: a release of photos on disk becomes labelled, augmented batches.
 
-    release = read("release_v0", size=224)      # its kind is found from its contents; photos are decoded once
-    inputs = augment(torch.from_numpy(release.pixels[rows]), release.views, generator)      # view -> (B, 3, 224, 224)
+    device = torch.device("cuda")
+    generator = torch.Generator()                 # draws the augmentation; it is on the CPU
+    release = read("release_v0", size=224)        # what kind of release it is, its contents tell
+    rows = release.rows("train")                  # (413,) the numbers of the training lesions
+    batch = make_batch(release, rows[:24], device, generator)
+    batch["clinical"], batch["dermoscopy"]        # (24, 3, 224, 224) each, augmented, normalised
+    batch["labels"]                               # (24, 8) one class number for each task
 
-Shapes: N lesions, V pictures of a lesion, T tasks, B lesions of a batch, S the side of the square photos.
-Run `python data.py PATH` to see what is in a release. For the method alone read Release, as_inputs and augment.
+A release is a folder with photos and a table, as people download it. A lesion is a spot on the
+skin; it has a clinical and a dermoscopy photo, each resized to a square of S x S pixels without
+cropping (paper, Sec. 4.1). A task is a question with a few classes: the diagnosis, the pigment
+network, ... Two of PEMM's relatives need more: CLNet a mask, which is a further picture, white
+inside the lesion and black elsewhere, and MAT some words about the patient. Skip these at first.
+
+The first part is what the method needs: Release, normalise, augment, make_batch. It ends at
+"Releases on disk". The second part is much longer: it finds out what is on disk. Skip it; come back
+when a release of your own is not understood. `python data.py PATH` prints how one is.
 """
+
 import argparse
 import csv
+import filecmp
+import fnmatch
 import glob
 import hashlib
+import io
 import os
+import re
 import shutil
 import sys
+import time
 import unicodedata
+import uuid
+import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps, __version__ as PILLOW
+from PIL import Image, ImageFilter, ImageOps
 from sklearn.model_selection import StratifiedGroupKFold
 
 SPLITS = ("train", "valid", "test")
-VIEWS = ("clinical", "dermoscopy")  # the photos; the `views` of a release may end with a "mask", 255 inside
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in RGB: what the pretrained weights expect
-UNKNOWN = ("?", "nan", "na", "n/a", "#n/a", "<na>", "null", "unknown")  # read as an empty cell
-METADATA = ("age", "age_approx", "sex", "skin_tone_class", "fitzpatrick_skin_type", "site", "anatom_site_general",
-            "localization", "location", "elevation", "level_of_diagnostic_difficulty")  # for subgroups, and MAT's words
+VIEWS = ("clinical", "dermoscopy")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green, blue: what the pretrained encoders expect
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 class DataError(ValueError):
-    """A release that cannot be read as it is. The message says what is wrong, where, and what to do."""
+    """A release that cannot be used as it is: what is wrong, where, and what to do."""
 
-def require(condition, otherwise):
-    if not condition:
-        raise DataError(otherwise)
-
-def speak(main, *mendable):
-    """Runs main(). What a user can mend ends in one sentence and exit code 2, Ctrl-C in 130."""
-    try:
-        main()
-    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError, *mendable) as error:
-        print(f"{Path(sys.argv[0]).name}: {str(error) or 'stopped'}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 @dataclass
 class Release:
-    """N lesions, each with V pictures and a label per task."""
-    kind: str  # spc, synthetic, milk10k, isic, ham, isic17 or pairs
-    views: tuple  # the names of the V pictures
-    tasks: dict  # task -> its class names; a class "absent", or the first of two, is the negative one
-    notes: list  # what a user should know
-    cases: list  # N names
-    patients: list  # N, "" unknown
-    labels: np.ndarray  # (N, T) int64, -1 unknown
-    split: np.ndarray  # (N,) strings of SPLITS; "" where none was given and none is made (to_train=False)
-    metadata: dict  # column of METADATA -> N strings
-    pixels: np.ndarray  # (N, V, S, S, 3) uint8, memory-mapped
-    digests: np.ndarray  # (N, photos) hashes of the decoded photos, of every fourth pixel of every fourth row
-    fingerprint: str  # a hash of all that a result depends on, but the split
-    published: bool  # derm7pt with the published labels and split, row by row
+    """N lesions, each with V pictures of S x S pixels and a label for each of T tasks.
+
+    In a release without pairs of photos, like HAM10000, each photo counts as a lesion. A lesion's
+    number, 0 to N - 1, is its row in the tensors and its place in the lists.
+    """
+
+    pixels: torch.Tensor  # (N, V, S, S, 3) uint8 RGB, memory-mapped: read from disk when indexed
+    views: tuple  # what the V pictures are: ("clinical", "dermoscopy")
+    labels: torch.Tensor  # (N, T) int64: the number of a class among those of its task; -1 unknown
+    tasks: dict  # task -> names of its classes: {"DIAG": ("BCC", "NEV", "MEL", "MISC", "SK"), ...}
+    split: np.ndarray  # (N,) "train", "valid" or "test"; "" in none of them
+
+    # The rest is for MAT and for other files; skip it at first.
+    words: torch.Tensor  # (N, m) int64: the numbers of the words about the patient
+    vocabulary: list  # a word's number -> the word
+    kind: str  # spc (derm7pt), synthetic, milk10k, isic, isic17, challenge, ham, pairs or one
+    cases: list  # N names, all different
+    lesion_ids: list  # N names, the same for all photos of one lesion; "" unknown
+    patients: list  # N names; "" unknown
+    metadata: dict = field(default_factory=dict)  # "age", "sex", ... -> N texts, for subgroups
+    photo_hashes: np.ndarray = None  # (N, V without the mask) texts; identical photos share one
+    fingerprint: str = ""  # a hash of all that results depend on, except for split and masks
+    published: bool = False  # whether this is derm7pt with its published labels and split
+    notes: list = field(default_factory=list)  # sentences for the user
 
     def rows(self, split):
-        return np.flatnonzero(self.split == split)
+        """Numbers of the lesions in "train", "valid" or "test": int64 (lesions,) on the CPU."""
+        return torch.from_numpy(np.flatnonzero(self.split == split))
 
-def read(path, size=128, cache="runs/cache", to_train=True, masks=False):
-    """The Release at `path`, its photos decoded to `size` x `size` pixels and kept in the folder `cache`. Lesions that
-    will only be predicted (to_train=False) need neither labels nor a split. With `masks` these are read too."""
-    path = Path(path).expanduser().resolve()
-    kind, folder, views, tasks, rows, notes = read_tables(path)
-    views = tuple(view for view in views if masks or view != "mask")
-    find_photos(rows, views, folder)
-    split_given = any(row["split"] for row in rows)
-    usable = [row for row in rows if any(row[task] for task in tasks) and (row["split"] or not split_given)]
-    if to_train and len(usable) < len(rows):
-        notes.append(f"WARNING: {len(rows) - len(usable)} lesions have no label or no split and are left out")
-        rows = usable
-    require(rows, f"{path}: no lesion with all its photos and a label. {'; '.join(notes)}")
-    cases = [row["case"] for row in rows]
-    twice = [case for case, count in Counter(cases).items() if count > 1]
-    require(not twice, f"{path}: several lesions are called {listed(twice)}; remove rows or give a column case")
-    patients = [row.get("patient_id") or row.get("patient", "") for row in rows]
-    metadata = {column: [row[column] for row in rows] for column in METADATA if column in rows[0]}
-    split = np.array([row["split"] for row in rows])
-    labels = np.empty((len(rows), len(tasks)), int)
-    for t, (task, classes) in enumerate(tasks.items()):
-        names = ["", *classes]
-        wrong = [f"{row['where']} {row[task]!r}" for row in rows if row[task] not in names]
-        require(not wrong, f"{task} is none of {', '.join(classes)}; correct or empty it: {listed(wrong)}")
-        labels[:, t] = [names.index(row[task]) - 1 for row in rows]  # an empty one becomes -1
-    code = np.column_stack([labels, [(*SPLITS, "").index(name) for name in split]]).astype(np.int8)
-    published = hashlib.sha256(code.tobytes()).hexdigest() == PUBLISHED_SPC
+    def to(self, device):
+        """The release with labels and words on the device, and pixels if they fit on a GPU."""
+        pixels = self.pixels
+        if device.type == "cuda":
+            free_memory, _ = torch.cuda.mem_get_info(device)
+            if pixels.nbytes < free_memory / 2:  # the other half is for the network
+                pixels = pixels.to(device)
+        labels = self.labels.to(device)
+        return replace(self, pixels=pixels, labels=labels, words=self.words.to(device))
 
-    pixels, hashes = decode_all([row[view] for row in rows for view in views], size, cache)
-    pixels = pixels.reshape(len(rows), len(views), size, size, 3)
-    if "mask" in views:
-        require(pixels[:, views.index("mask")].max() > 127, f"{path}: empty masks; they must be 255 inside the lesion")
-    photos = [v for v, view in enumerate(views) if view != "mask"]
-    digests = np.array([[digest(lesion[v, ::4, ::4].tobytes()) for v in photos] for lesion in pixels])
-    files = [[hashes[row[view]] for view in views] for row in usable]  # usable: the same with to_train=False
-    texts = [[row[column] for column in ("case", *tasks, *metadata)] for row in usable]
-    fingerprint = digest(repr((files, texts, list(tasks.items()), list(metadata))).encode())
-    release = Release(kind, views, tasks, notes, cases, patients, labels, split, metadata,
-                      pixels, digests, fingerprint, published)
-    if to_train:
-        check(release, path)
-    return release
 
-# ----------------------------------- the readers. A row has keys: case, split, each view (a photo), each task (a class)
+def normalise(photos):
+    """Photos (B, 3, S, S) of 0 to 255 -> float32, scaled as the encoders' ImageNet photos were."""
+    mean = torch.tensor(IMAGENET_MEAN, device=photos.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=photos.device).view(3, 1, 1)
+    return (photos / 255 - mean) / std
 
-# The Seven-Point Checklist, in the order of the paper's tables: task -> its column of meta.csv, class -> strings in it.
-SPC = {
-    "DIAG": ("diagnosis", {"BCC": ["basal cell carcinoma"],
-        "NEV": [f"{kind} nevus" for kind in ("blue", "clark", "combined", "congenital", "dermal", "recurrent",
-                                             "reed or spitz")],
-        "MEL": ["melanoma", "melanoma (in situ)", "melanoma (less than 0.76 mm)", "melanoma (0.76 to 1.5 mm)",
-                "melanoma (more than 1.5 mm)", "melanoma metastasis"],
-        "MISC": ["dermatofibroma", "lentigo", "melanosis", "miscellaneous", "vascular lesion"],
-        "SK": ["seborrheic keratosis"]}),
-    "PN": ("pigment_network", {"absent": ["absent"], "TYP": ["typical"], "ATP": ["atypical"]}),
-    "STR": ("streaks", {"absent": ["absent"], "REG": ["regular"], "IR": ["irregular"]}),
-    "PIG": ("pigmentation", {"absent": ["absent"], "REG": ["diffuse regular", "localized regular"],
-                             "IR": ["diffuse irregular", "localized irregular"]}),
-    "RS": ("regression_structures", {"absent": ["absent"], "PRS": ["blue areas", "white areas", "combinations"]}),
-    "DaG": ("dots_and_globules", {"absent": ["absent"], "REG": ["regular"], "IR": ["irregular"]}),
-    "BWV": ("blue_whitish_veil", {"absent": ["absent"], "PRS": ["present"]}),
-    "VS": ("vascular_structures", {"absent": ["absent"], "REG": ["arborizing", "comma", "hairpin", "within regression",
-                                                                 "wreath"], "IR": ["dotted", "linear irregular"]}),
+
+def augment(pixels, views, generator):
+    """The paper's augmentation (Sec. 4.1): flips, rotation, shift, brightness and contrast.
+
+    pixels (B, V, S, S, 3) uint8 -> (B, V, 3, S, S) float32 of 0 to 255, on the same device. All
+    pictures of a lesion move alike; brightness and contrast are drawn for each photo. The paper
+    gives no ranges and probabilities: these are those of the authors' earlier code, FusionM4Net,
+    which also zooms. All random numbers come from `generator`, which is on the CPU.
+    """
+    B, V, S = pixels.shape[:3]
+
+    def coin(*shape):  # 0 or 1, each half of the time
+        return torch.randint(0, 2, shape, generator=generator)
+
+    def uniform(low, high, *shape):
+        return torch.empty(shape).uniform_(low, high, generator=generator)
+
+    # A step is left out where its coin is 0. A picture reaches from -1 to 1 along x and y.
+    flip = 1 - 2.0 * coin(B, 2)  # -1 mirrors x or y
+    is_turned = coin(B)
+    quarter_turns = is_turned * uniform(0, 4, B).floor()  # if turned, then 0, 1, 2 or 3 of them
+    is_moved = coin(B)  # one coin for rotation, zoom and shift
+    angle = quarter_turns * torch.pi / 2 + is_moved * uniform(-torch.pi / 4, torch.pi / 4, B)
+    zoom = 1 + is_moved * uniform(-0.5, 0.5, B)
+    shift = is_moved.view(B, 1) * uniform(-1 / 8, 1 / 8, B, 2)  # 1/16 of the side, which is 2 long
+
+    # For each point of the new picture: which point of the old one gives it its colour?
+    #     old point = rotation @ diag(flip) / zoom @ new point + shift
+    # This leads backwards. So all moves against `shift`, and dividing makes things larger.
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack((cos, -sin, sin, cos), 1).view(B, 2, 2)  # [[cos, -sin], [sin, cos]]
+    matrix = rotation @ torch.diag_embed(flip) / zoom.view(B, 1, 1)  # (B, 2, 2)
+    matrix = torch.cat((matrix, shift.view(B, 2, 1)), 2)  # (B, 2, 3), as affine_grid wants it
+
+    x = pixels.permute(0, 1, 4, 2, 3)  # (B, V, 3, S, S)
+    x = x.reshape(B, 3 * V, S, S).float()  # the pictures of a lesion move as one of 3V channels
+    points = F.affine_grid(matrix.to(x.device), x.shape, align_corners=False)  # (B, S, S, 2)
+    x = F.grid_sample(x, points, padding_mode="reflection", align_corners=False)  # mirrored edges
+    x = x.view(B, V, 3, S, S)
+
+    is_photo = torch.tensor([view != "mask" for view in views]).view(V, 1, 1, 1)
+    is_recoloured = coin(B, V, 1, 1, 1) * is_photo  # one coin for contrast and brightness
+    contrast = 1 + is_recoloured * uniform(-0.2, 0.2, B, V, 1, 1, 1)
+    brightness = 255 * is_recoloured * uniform(-0.2, 0.2, B, V, 1, 1, 1)
+    x = x * contrast.to(x.device) + brightness.to(x.device)
+    return x.clamp(0, 255)
+
+
+def make_batch(release, rows, device, generator=None):
+    """What a network and its loss read of the lesions with the numbers `rows` (B,), on the device.
+
+    Returns a dict:
+        "clinical", "dermoscopy"  (B, 3, S, S) float32, normalised, if the release has them
+        "labels"                  (B, T) int64, -1 unknown
+        "words"                   (B, m) int64, for MAT
+        "mask"                    (B, 1, S, S) float32, 1 inside the lesion and 0 elsewhere, for
+                                  CLNet, if the release has it
+    With a generator the pictures are augmented. `rows` and the generator are on the CPU.
+    """
+    pixels = release.pixels[rows].to(device)  # (B, V, S, S, 3)
+    if generator is None:
+        pictures = pixels.permute(0, 1, 4, 2, 3)  # (B, V, 3, S, S)
+    else:
+        pictures = augment(pixels, release.views, generator)
+
+    batch = {"labels": release.labels[rows].to(device), "words": release.words[rows].to(device)}
+    for v, view in enumerate(release.views):
+        if view == "mask":
+            batch["mask"] = (pictures[:, v, :1] > 127.5).float()
+        else:
+            batch[view] = normalise(pictures[:, v])
+    return batch
+
+
+# ==================================================================== Releases on disk
+#
+# The second part: from a folder to a Release. Nothing of it is needed to understand PEMM.
+#
+# Each kind of release has a reader. It reads the files with tables and returns a Catalogue of
+# Lesions, which hold texts as they were found. For example, this CSV file
+#
+#     clinical,dermoscopy,split,diagnosis
+#     a.jpg,b.jpg,Training,nevus
+#
+# has one Line, {"clinical": "a.jpg", "dermoscopy": "b.jpg", "split": "Training", ...}. It becomes a
+# Lesion with the pictures {"clinical": "a.jpg", "dermoscopy": "b.jpg"}, the split "train" and the
+# labels {"diagnosis": "nevus"}.
+#
+# From there on the kinds hardly differ. `read` finds and decodes the pictures, numbers labels and
+# words, and makes or checks the split. What cannot be used is refused: a DataError says why. What a
+# user should know becomes a note.
+#
+# Sections: tables; readers; pictures and their cache; labels and words; splits without a leak;
+# read; other lesions than a run's own; drawn lesions; for the other files; what is in a release.
+
+# What is known about a patient, column of a table -> fact. To give MAT a further word, add a line.
+# Of several columns for one fact the first here that is filled counts; the words have this order.
+# Only what is known before the diagnosis belongs here: HAM10000's dx_type ("how was it
+# confirmed?") gives the class away.
+PATIENT_FACTS = {
+    "age": "age",
+    "age_approx": "age",
+    "sex": "sex",
+    "skin_tone_class": "skin_tone_class",
+    "fitzpatrick_skin_type": "fitzpatrick_skin_type",
+    "site": "site",
+    "anatom_site_general": "site",
+    "localization": "site",
+    "location": "site",
+    "anatom_site_1": "site",
+    "anatom_site_2": "site",
+    "anatom_site_3": "site",
 }
-SPC_TASKS = {task: tuple(classes) for task, (_, classes) in SPC.items()}
-# sha256 of the published labels and split, (1011, 9) int8 in meta.csv's order: it tells derm7pt from any other table.
+# Results are printed for subgroups by all of these. The last two are experts' judgements: no words.
+METADATA = tuple(PATIENT_FACTS) + ("elevation", "level_of_diagnostic_difficulty")
+
+
+def require(condition, message):
+    if not condition:
+        raise DataError(message)
+
+
+def first_few(texts):
+    """The first few of the texts, and how many there are."""
+    shown = ", ".join(map(str, texts[:4]))
+    return f"{shown} ({len(texts)} in all)"
+
+
+def normalise_text(text):
+    """The text as people compare it: capitals, spaces, Unicode form, a final .0 do not count."""
+    parts = unicodedata.normalize("NFKC", text).casefold().split()
+    return " ".join(parts).removesuffix(".0")
+
+
+# ------------------------------------------------------------------------------- Tables
+
+# Cells with these texts count as empty. So none of them can be the name of a class.
+UNKNOWN = ("?", "nan", "na", "n/a", "#n/a", "<na>", "null", "unknown")
+
+
+class Line(dict):
+    """A line of a CSV file: column in lower case -> text, "" if unknown."""
+
+    where = ""  # file and number of the line, for messages
+
+
+@dataclass
+class Lesion:
+    """What the tables say about a lesion. An empty text is unknown."""
+
+    where: str  # file and line, for messages
+    case: str  # its name
+    pictures: dict  # view -> path below Catalogue.folder, or a file's name without its ending
+    labels: dict = field(default_factory=dict)  # task -> name of the class
+    split: str = ""
+    lesion_id: str = ""
+    patient: str = ""
+    about: dict = field(default_factory=dict)  # column of METADATA -> text, where it is known
+
+
+@dataclass
+class Catalogue:
+    """What a reader returns."""
+
+    kind: str
+    folder: Path  # the pictures lie below it
+    views: tuple  # a mask is the last
+    tasks: dict  # task -> names of its classes
+    lesions: list
+    notes: list = field(default_factory=list)
+
+    def has_labels(self):
+        return any(any(lesion.labels.values()) for lesion in self.lesions)
+
+
+def check_columns(columns, required, path):
+    names = [name for name in columns if name]
+    missing = [name for name in required if name not in names]
+    require(not missing, f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}")
+    require(len(names) == len(set(names)), f"{path}: two columns of one name: {', '.join(names)}")
+    for name in names:
+        require(name.isprintable(), f"{path}: an invisible character in column {name!r}; retype it")
+
+
+def read_csv(path, *required):
+    """The Lines of a CSV file that are not empty. It must have the required columns.
+
+    Cells are separated by commas, semicolons or tabs, whichever the header has most of.
+    """
+    require(path.is_file(), f"{path} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        advice = "save it as 'CSV UTF-8' in your spreadsheet program"
+        raise DataError(f"{path}: cannot be read as a CSV file in UTF-8; {advice}") from error
+    header, _, _ = text.lstrip().partition("\n")
+    delimiter = max(",;\t", key=header.count)
+    csv_lines = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    columns = []
+    lines = []
+    try:
+        for cells in csv_lines:
+            cells = [cell.strip() for cell in cells]
+            while len(cells) > len(columns) and not cells[-1]:  # after a trailing comma
+                cells.pop()
+            if not any(cells):
+                continue
+            if not columns:
+                columns = [name.lower() for name in cells]
+                check_columns(columns, required, path)
+                continue
+            line = Line()
+            line.where = f"{path} line {csv_lines.line_num}"
+            counts = f"{len(cells)} values, but {len(columns)} in the header"
+            require(len(cells) == len(columns), f"{line.where}: {counts}")
+            for name, cell in zip(columns, cells):
+                if name and not name.startswith("unnamed:"):  # pandas' numbers of lines
+                    line[name] = "" if cell.lower() in UNKNOWN else cell
+            lines.append(line)
+    except csv.Error as error:
+        advice = "a quotation mark is left open or stands inside a text; remove it"
+        raise DataError(f"{path} line {csv_lines.line_num}: cannot be read; {advice}") from error
+    require(lines, f"{path}: no lines below a header")
+    return lines
+
+
+def about_patient(line):
+    return {column: line[column] for column in METADATA if line.get(column)}
+
+
+def only_one(paths):
+    require(len(paths) == 1, f"several tables, name one as the path: {first_few(paths)}")
+    return paths[0]
+
+
+# ------------------------------------------------------------------------------ Readers
+#
+# A reader takes the sorted paths of the tables that fit its pattern in READERS, and the root: the
+# folder below which pictures and further tables lie. It returns a Catalogue.
+
+# The Seven-Point Checklist: tasks in the order of the paper's tables, their columns in meta.csv.
+SPC_COLUMNS = {
+    "DIAG": "diagnosis",
+    "PN": "pigment_network",
+    "STR": "streaks",
+    "PIG": "pigmentation",
+    "RS": "regression_structures",
+    "DaG": "dots_and_globules",
+    "BWV": "blue_whitish_veil",
+    "VS": "vascular_structures",
+}
+# For each class the texts in that column which mean it. The order of the classes matters: it gives
+# their numbers, on which PUBLISHED_SPC depends. "absent" comes first, the irregular class last.
+SPC_TEXTS = {
+    "DIAG": {
+        "BCC": ["basal cell carcinoma"],
+        "NEV": [
+            "blue nevus",
+            "clark nevus",
+            "combined nevus",
+            "congenital nevus",
+            "dermal nevus",
+            "recurrent nevus",
+            "reed or spitz nevus",
+        ],
+        "MEL": [
+            "melanoma",
+            "melanoma (in situ)",
+            "melanoma (less than 0.76 mm)",
+            "melanoma (0.76 to 1.5 mm)",
+            "melanoma (more than 1.5 mm)",
+            "melanoma metastasis",
+        ],
+        "MISC": ["dermatofibroma", "lentigo", "melanosis", "miscellaneous", "vascular lesion"],
+        "SK": ["seborrheic keratosis"],
+    },
+    "PN": {"absent": ["absent"], "TYP": ["typical"], "ATP": ["atypical"]},
+    "STR": {"absent": ["absent"], "REG": ["regular"], "IR": ["irregular"]},
+    "PIG": {
+        "absent": ["absent"],
+        "REG": ["diffuse regular", "localized regular"],
+        "IR": ["diffuse irregular", "localized irregular"],
+    },
+    "RS": {"absent": ["absent"], "PRS": ["blue areas", "white areas", "combinations"]},
+    "DaG": {"absent": ["absent"], "REG": ["regular"], "IR": ["irregular"]},
+    "BWV": {"absent": ["absent"], "PRS": ["present"]},
+    "VS": {
+        "absent": ["absent"],
+        "REG": ["arborizing", "comma", "hairpin", "within regression", "wreath"],
+        "IR": ["dotted", "linear irregular"],
+    },
+}
+SPC_TASKS = {task: tuple(texts) for task, texts in SPC_TEXTS.items()}
+# sha256 of the published labels and split, an int8 array (1011, 9) in the order of meta.csv. It
+# tells derm7pt from any other table, a shuffled one included.
 PUBLISHED_SPC = "6730bba642bdc2aa22b7e6244294d1a8b3c62dbff424ae3927454110b54887a6"
-HAM10000 = ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")
-MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC")
+
+HAM10000_CLASSES = ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")
+ISIC17_TASKS = {"melanoma": ("absent", "present"), "seborrheic_keratosis": ("absent", "present")}
+ISIC17_TEXTS = {"absent": ["0"], "present": ["1"]}  # 0.0 and 1.0 in the table
+
+
+def class_meant(text, texts_of_classes):
+    """The class that a text means, or the text itself: `number_labels` refuses it later."""
+    for name, texts in texts_of_classes.items():
+        if normalise_text(text) in texts:
+            return name
+    return text
+
+
+def read_spc(paths, root):
+    """derm7pt: meta/meta.csv has the labels, meta/{train,valid,test}_indexes.csv the split."""
+    path = only_one(paths)
+    lines = read_csv(path, "case_num", "clinic", "derm", *SPC_COLUMNS.values())
+    lesions = []
+    for line in lines:
+        pictures = {"clinical": line["clinic"], "dermoscopy": line["derm"]}
+        pictures["mask"] = Path(line["derm"]).stem + "_segmentation"  # read for drawn lesions only
+        lesion = Lesion(line.where, line["case_num"], pictures, about=about_patient(line))
+        for task, column in SPC_COLUMNS.items():
+            lesion.labels[task] = class_meant(line[column], SPC_TEXTS[task])
+        lesions.append(lesion)
+
+    for split in SPLITS:
+        for line in read_csv(path.with_name(f"{split}_indexes.csv"), "indexes"):
+            index = line["indexes"]
+            is_index = index.isdecimal() and int(index) < len(lesions)
+            require(is_index, f"{line.where}: {index!r} is no line of meta.csv, counted from 0")
+            lesion = lesions[int(index)]
+            is_free = not lesion.split
+            require(is_free, f"{line.where}: {index!r} is in the split {lesion.split} already")
+            lesion.split = split
+
+    if lines[0].get("notes") != "synthetic":
+        return Catalogue("spc", root / "images", VIEWS, SPC_TASKS, lesions)
+    notes = ["drawn lesions: they show the machinery, not the method"]
+    return Catalogue("synthetic", root / "images", (*VIEWS, "mask"), SPC_TASKS, lesions, notes)
+
+
+def read_ham(paths, root):
+    """HAM10000: a dermoscopy photo on each line; several may show one lesion."""
+    lesions = []
+    for line in read_csv(only_one(paths), "lesion_id", "image_id", "dx"):
+        image_id = line["image_id"]
+        pictures = {"dermoscopy": image_id, "mask": f"{image_id}_segmentation"}
+        lesion = Lesion(line.where, image_id, pictures, {"DIAG": line["dx"].upper()})
+        lesion.lesion_id = line["lesion_id"]
+        lesion.about = about_patient(line)
+        lesions.append(lesion)
+    return Catalogue("ham", root, ("dermoscopy", "mask"), {"DIAG": HAM10000_CLASSES}, lesions)
+
+
+def paths_by_split(paths):
+    """A challenge's tables, {"train": path, ...}; a single one gives no split: {"": path}."""
+    if len(paths) == 1:
+        return {"": paths[0]}
+    path_of = {}
+    for split, part in (("train", "Training"), ("valid", "Validation"), ("test", "Test")):
+        for path in paths:
+            if part in path.name:
+                path_of[split] = path
+    are_three = len(paths) == 3 and len(path_of) == 3
+    advice = "give Training, Validation and Test, or name one table as the path"
+    require(are_three, f"several tables; {advice}: {first_few(paths)}")
+    return path_of
+
+
+def read_isic17(paths, root):
+    """The ISIC 2017 challenge: two tasks of two classes, and a mask for each photo."""
+    lesions = []
+    for split, path in paths_by_split(paths).items():
+        for line in read_csv(path, "image_id", *ISIC17_TASKS):
+            image_id = line["image_id"]
+            pictures = {"dermoscopy": image_id, "mask": f"{image_id}_segmentation"}
+            lesion = Lesion(line.where, image_id, pictures, split=split)
+            for task in ISIC17_TASKS:
+                lesion.labels[task] = class_meant(line[task], ISIC17_TEXTS)
+            lesions.append(lesion)
+    return Catalogue("isic17", root, ("dermoscopy", "mask"), ISIC17_TASKS, lesions)
+
+
+def read_one_hot(path, id_column):
+    """A table with a column for each class, 1 in the right one -> class names, {id: class name}."""
+    lines = read_csv(path, id_column)
+    no_classes = (id_column, "score_weight", "validation_weight")
+    classes = [column.upper() for column in lines[0] if column not in no_classes]
+    class_of = {}
+    for line in lines:
+        digits = [normalise_text(line[name.lower()]) for name in classes]
+        is_one_hot = digits.count("1") == 1 and digits.count("0") == len(classes) - 1
+        require(is_one_hot, f"{line.where}: needs a 1 for one class and 0 for all others")
+        name = line[id_column]
+        require(name not in class_of, f"{line.where}: {name} has a line already")
+        class_of[name] = classes[digits.index("1")]
+    return tuple(classes), class_of
+
+
+def find_beside(path, root, ending):
+    """The table with this ending of its name instead of "GroundTruth", or None."""
+    name = path.name.replace("GroundTruth", ending)
+    for folder in (path.parent, root, *sorted(root.iterdir())):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def view_of(line):
+    """The view that a line of the ISIC Archive describes; None for "TBP tile: ..." and others."""
+    image_type = line["image_type"].lower()
+    if image_type.startswith("derm"):
+        return "dermoscopy"
+    if image_type.startswith("clinical"):
+        return "clinical"
+    return None
+
+
+def describe_lesion(case, line_of):
+    """The Lesion of one or two lines of the ISIC Archive, view -> line.
+
+    What both lines say of the patient is taken from the last.
+    """
+    lines = list(line_of.values())
+    merged = {}
+    for line in lines:
+        for column, text in line.items():
+            if text:
+                merged[column] = text
+    pictures = {view: line["isic_id"] for view, line in line_of.items()}
+    lesion = Lesion(lines[0].where, case, pictures, about=about_patient(merged))
+    lesion.lesion_id = merged.get("lesion_id", "")
+    lesion.patient = merged.get("patient_id", "")
+    return lesion
+
+
+def pair_photos(lines):
+    """The lesions with both photos, from lines of the ISIC Archive, one for each photo.
+
+    Of several photos of a view the one with the lowest isic_id is taken, but clinical close-ups go
+    before other clinical photos. Returns also a note that says how many photos are not used.
+    """
+    in_order = sorted(lines, key=lambda line: line["isic_id"])
+    in_order.sort(key=lambda line: line["image_type"].lower() != "clinical: close-up")
+    lines_of = defaultdict(dict)  # lesion_id -> view -> line
+    for line in in_order:
+        view = view_of(line)
+        if view and line["lesion_id"]:
+            lines_of[line["lesion_id"]].setdefault(view, line)
+    lesions = []
+    for lesion_id, line_of in sorted(lines_of.items()):
+        if "clinical" in line_of and "dermoscopy" in line_of:
+            lesions.append(describe_lesion(lesion_id, {view: line_of[view] for view in VIEWS}))
+    unused = len(lines) - 2 * len(lesions)
+    return lesions, f"{len(lesions)} lesions with clinical and dermoscopy; {unused} photos unused"
+
+
+def read_milk10k_photos(paths, root):
+    """MILK10k's blind test lesions: `*Metadata.csv` without a ground truth."""
+    lesions, note = pair_photos(read_csv(only_one(paths), "lesion_id", "image_type", "isic_id"))
+    return Catalogue("milk10k", root, VIEWS, {}, lesions, [note])
+
+
+def read_milk10k(path, root):
+    """MILK10k: `*GroundTruth.csv` has the classes, `*Metadata.csv` names the photos."""
+    classes, class_of = read_one_hot(path, "lesion_id")
+    metadata = find_beside(path, root, "Metadata")
+    require(metadata, f"{path}: the table with Metadata instead of GroundTruth is missing")
+    catalogue = read_milk10k_photos([metadata], root)
+    catalogue.tasks = {"DIAG": classes}
+    for lesion in catalogue.lesions:
+        lesion.labels["DIAG"] = class_of.pop(lesion.case, "")
+    if class_of:
+        cases = first_few(list(class_of))
+        catalogue.notes.append(f"WARNING: in the ground truth, but without two photos: {cases}")
+    return catalogue
+
+
+def read_ground_truth(paths, root):
+    """One-hot tables. MILK10k's have a lesion on each line; ISIC 2018's (task 3) and ISIC 2019's a
+    dermoscopy photo, and other tables may say which photos show one lesion."""
+    if "lesion_id" in read_csv(paths[0])[0]:
+        return read_milk10k(only_one(paths), root)
+    lesions = []
+    tasks = {}
+    for split, path in paths_by_split(paths).items():
+        classes, class_of = read_one_hot(path, "image")
+        are_same = not tasks or tasks["DIAG"] == classes
+        require(are_same, f"tables of different classes: {first_few(paths)}")
+        tasks["DIAG"] = classes
+        details_of = defaultdict(dict)  # image -> what the other tables say of it
+        for ending in ("LesionGroupings", "Metadata"):
+            other = find_beside(path, root, ending)
+            if other:
+                for line in read_csv(other, "image"):
+                    for column, text in line.items():
+                        if text:
+                            details_of[line["image"]][column] = text
+        for image, name in class_of.items():
+            details = details_of[image]
+            lesion = Lesion(f"{path} {image}", image, {"dermoscopy": image}, {"DIAG": name}, split)
+            lesion.lesion_id = details.get("lesion_id", "")
+            lesion.about = about_patient(details)
+            lesions.append(lesion)
+    return Catalogue("challenge", root, ("dermoscopy",), tasks, lesions)
+
+
+def diagnoses_of(line):
+    """What a line of the ISIC Archive says, of: benign, malignant, indeterminate.
+
+    Old exports have a column benign_malignant, new ones diagnosis_1 to diagnosis_5; the first two
+    begin with one of these words, like "Malignant melanocytic proliferations (Melanoma)".
+    """
+    diagnoses = set()
+    for column in ("benign_malignant", "diagnosis_1", "diagnosis_2"):
+        first_word, _, _ = line.get(column, "").lower().partition(" ")
+        if first_word in ("benign", "malignant", "indeterminate"):
+            diagnoses.add(first_word)
+    return diagnoses
+
+
+def read_isic(paths, root):
+    """A download of the ISIC Archive (paper, Sec. 4.2): is a lesion benign or malignant?
+
+    Lesions with a pair of photos; if no photo is clinical, dermoscopy photos one by one.
+    """
+    path = only_one(paths)
+    lines = read_csv(path, "isic_id", "image_type")
+    num_photos = Counter(view_of(line) for line in lines)
+    if num_photos["clinical"]:
+        views = VIEWS
+        require("lesion_id" in lines[0], f"{path}: no column lesion_id to pair the photos")
+        lesions, note = pair_photos(lines)
+        notes = [note]
+        unpaired = num_photos["dermoscopy"] - len(lesions)
+        if unpaired:
+            advice = "to read all dermoscopy photos, remove the lines of clinical ones"
+            notes.append(f"WARNING: {unpaired} dermoscopy photos are in no pair; {advice}")
+    else:
+        views = ("dermoscopy",)
+        lesions = []
+        for line in lines:
+            if view_of(line) == "dermoscopy":
+                lesions.append(describe_lesion(line["isic_id"], {"dermoscopy": line}))
+        unused = len(lines) - len(lesions)
+        notes = [f"{len(lesions)} lesions with dermoscopy; {unused} photos unused"]
+
+    diagnoses_by_name = defaultdict(set)  # lesion_id, or isic_id without one -> what its lines say
+    for line in lines:
+        name = line.get("lesion_id") or line["isic_id"]
+        diagnoses_by_name[name].update(diagnoses_of(line))
+    contradictory = []
+    for lesion in lesions:
+        diagnoses = diagnoses_by_name[lesion.lesion_id or lesion.case]
+        lesion.labels["DIAG"] = ""
+        if diagnoses == {"benign"} or diagnoses == {"malignant"}:
+            lesion.labels["DIAG"] = min(diagnoses)  # the only one
+        if len(diagnoses) > 1:
+            contradictory.append(lesion.case)
+    if contradictory:
+        cases = first_few(contradictory)
+        notes.append(f"WARNING: contradictory diagnoses, read as unknown: {cases}")
+    return Catalogue("isic", root, views, {"DIAG": ("benign", "malignant")}, lesions, notes)
+
+
+OTHER_SPLIT_NAMES = {"training": "train", "val": "valid", "validation": "valid", "testing": "test"}
+
+
+def classes_of(column, lesions, path):
+    """The class names that a column holds, sorted; "absent" first, for that is the negative one."""
+    names = sorted({lesion.labels[column] for lesion in lesions} - {""})
+    normalised = {normalise_text(name) for name in names}
+    message = f"classes that differ only in capitals, spaces or .0: {first_few(names)}"
+    require(len(names) == len(normalised), f"{path}, column {column}: {message}")
+    if "absent" in names:
+        names.remove("absent")
+        names.insert(0, "absent")
+    return tuple(names)
+
+
+def read_pairs(paths, root):
+    """An own CSV file: columns of pictures, case, split, lesion_id, patient, and METADATA.
+
+    Every other column is a task, and its texts are the classes.
+    """
+    path = only_one(paths)
+    lines = read_csv(path)
+    columns = list(lines[0])
+    views = tuple(view for view in (*VIEWS, "mask") if view in columns)
+    has_photo = "clinical" in columns or "dermoscopy" in columns
+    require(has_photo, f"{path}: no column clinical or dermoscopy; it has {', '.join(columns)}")
+    no_tasks = (*VIEWS, "mask", "case", "split", "lesion_id", "patient", "patient_id", *METADATA)
+    task_columns = [column for column in columns if column not in no_tasks]
+
+    lesions = []
+    for line in lines:
+        pictures = {view: line[view].replace("\\", "/") for view in views}
+        lesion = Lesion(line.where, line.get("case") or " ".join(pictures.values()), pictures)
+        for column in task_columns:
+            is_absent = line[column].lower() == "absent"
+            lesion.labels[column] = "absent" if is_absent else line[column]
+        split = line.get("split", "").lower()
+        lesion.split = OTHER_SPLIT_NAMES.get(split, split)
+        is_split = lesion.split in ("", *SPLITS)
+        require(is_split, f"{line.where}: split is {split!r}; write train, valid or test")
+        lesion.lesion_id = line.get("lesion_id", "")
+        lesion.patient = line.get("patient_id") or line.get("patient", "")
+        lesion.about = about_patient(line)
+        lesions.append(lesion)
+    tasks = {}
+    for column in task_columns:
+        no_slash = "/" not in column  # results are called task/class
+        require(no_slash, f"{path}: column {column} has a / in its name; rename it")
+        tasks[column] = classes_of(column, lesions, path)
+    notes = [f"tasks, the columns of no other use: {', '.join(tasks)}"] if tasks else []
+    return Catalogue("pairs", path.parent, views, tasks, lesions, notes)
+
+
+# The first pattern that fits a file decides. So the most specific come first: HAM10000's folder
+# holds a ground truth of another kind too, and "*.csv" fits nearly all.
+READERS = [
+    ("meta/meta.csv", read_spc),
+    ("ISIC-2017_*_Part3_GroundTruth.csv", read_isic17),
+    ("*/ISIC-2017_*_Part3_GroundTruth.csv", read_isic17),
+    ("HAM10000_metadata*", read_ham),  # .csv from Kaggle, .tab or no ending from Dataverse
+    ("*GroundTruth.csv", read_ground_truth),
+    ("*/*GroundTruth.csv", read_ground_truth),  # many challenges' tables have a folder each
+    ("*Metadata.csv", read_milk10k_photos),
+    ("metadata.csv", read_isic),
+    ("*.csv", read_pairs),
+    ("*.tsv", read_pairs),
+]
+
 
 def read_tables(path):
-    """kind, folder of the photos, views, tasks, rows, notes: of the first reader that fits `path`, folder or table."""
-    readers = {"meta/meta.csv": read_spc, "ISIC-2017_Training_Part3_GroundTruth.csv": read_isic17,
-               "HAM10000_metadata.csv": read_ham, "*GroundTruth.csv": read_milk10k, "metadata.csv": read_isic,
-               "*.csv": read_pairs}
-    for pattern, reader in readers.items():
-        tables = [path] if path.is_file() and path.match(pattern) else list(path.glob(pattern))
-        require(len(tables) < 2, f"{path}: several tables, name one as the path: {listed(tables)}")
-        if tables:
-            return reader(tables[0])
-    raise DataError(f"{path}: no meta/meta.csv (derm7pt), *GroundTruth.csv (MILK10k), metadata.csv (ISIC) or other CSV")
+    """The Catalogue of the release in the folder `path`, or of which the file `path` is a table.
 
-def read_spc(table):
-    """derm7pt: `meta/meta.csv` has the labels, `meta/{train,valid,test}_indexes.csv` the published split."""
-    rows = read_table(table, "case_num", "clinic", "derm", *(column for column, _ in SPC.values()))
-    for row in rows:
-        row |= {"case": row["case_num"], "split": "", "clinical": row["clinic"], "dermoscopy": row["derm"]}
-        row["mask"] = Path(row["derm"]).stem + "_segmentation"  # drawn lesions have one
-        for task, (column, classes) in SPC.items():
-            names = {string: name for name, strings in classes.items() for string in strings}
-            row[task] = names.get(row[column].lower(), row[column])  # an unknown string is refused later
-    waiting = {str(number): row for number, row in enumerate(rows)}  # for their split
-    for split in SPLITS:
-        for index in read_table(table.with_name(f"{split}_indexes.csv"), "indexes"):
-            row = waiting.pop(index["indexes"], None)
-            require(row, f"{index['where']}: {index['indexes']!r} is no row of meta.csv, or in a split already")
-            row["split"] = split
-    kind, views, notes = "spc", ("clinical", "dermoscopy"), []
-    if rows[0].get("notes") == "synthetic":  # drawn by synthesize
-        kind, views, notes = "synthetic", (*views, "mask"), ["drawn lesions: they show the machinery, not the method"]
-    return kind, table.parent.parent / "images", views, SPC_TASKS, rows, notes
+    Capitals count on every system. Names that begin with a dot are no data: glob leaves them out.
+    """
+    require(path.exists(), f"{path} does not exist")
+    if path.is_dir():
+        root = path
+        names = sorted(glob.glob("*", root_dir=root)) + sorted(glob.glob("*/*", root_dir=root))
+    else:
+        root = path.parent
+        if path.match("meta/meta.csv") or path.match("*GroundTruth/*GroundTruth.csv"):
+            root = root.parent  # the table lies in a folder of its own
+        names = [str(path.relative_to(root))]
+    for pattern, reader in READERS:
+        paths = []
+        for name in names:
+            same_depth = name.count(os.sep) == pattern.count("/")  # for fnmatch * fits a / too
+            fits = fnmatch.fnmatchcase(name.replace(os.sep, "/"), pattern)
+            if same_depth and fits and (root / name).is_file():
+                paths.append(root / name)
+        if not paths:
+            continue
+        try:
+            return reader(paths, root)
+        except DataError as error:
+            if reader is read_pairs:
+                raise
+            kind = reader.__name__.removeprefix("read_")
+            hint = f"read as {kind}, because a name fits {pattern}; give your own CSV file another"
+            raise DataError(f"{error} ({hint})") from error
+    forms = "meta/meta.csv (derm7pt), *GroundTruth.csv (challenges), metadata.csv (ISIC Archive)"
+    raise DataError(f"{path}: no {forms} or other CSV file")
 
-def read_milk10k(table):
-    """MILK10k: `*GroundTruth.csv` marks each lesion's class with 1, `*Metadata.csv` names its photos."""
-    truth = {}  # lesion -> class
-    for row in read_table(table, "lesion_id", *map(str.lower, MILK10K)):
-        marked = [name for name in MILK10K if row[name.lower()] in ("1", "1.0")]
-        fits = len(marked) == 1 and row["lesion_id"] not in truth and len(row) == 13  # lesion_id, 11 classes, where
-        require(fits, f"{row['where']}: each lesion needs one row with one of MILK10k's 11 classes marked 1")
-        truth[row["lesion_id"]] = marked[0]
-    _, folder, views, _, rows, notes = read_isic(table.with_name(table.name.replace("GroundTruth", "Metadata")))
-    for row in rows:
-        row["DIAG"] = truth.pop(row["case"], "")
-    if truth:
-        notes.append(f"WARNING: lesions of the ground truth without two photos: {listed(list(truth))}")
-    return "milk10k", folder, views, {"DIAG": MILK10K}, rows, notes
 
-def read_isic(table):
-    """An ISIC Archive download (paper, Sec. 4.2), a row an image. Close-ups go before other clinical photos."""
-    images = read_table(table, "isic_id", "lesion_id", "image_type")
-    images.sort(key=lambda image: (image["image_type"].lower() != "clinical: close-up", image["isic_id"]))
-    lesions = defaultdict(dict)  # lesion -> view -> its image
-    for image in images:
-        view = {"clin": "clinical", "derm": "dermoscopy"}.get(image["image_type"].lower()[:4])
-        if image["lesion_id"] and view:
-            lesions[image["lesion_id"]].setdefault(view, image)
-    rows = []
-    for case, pair in sorted(lesions.items()):
-        if len(pair) == 2:
-            label = pair["dermoscopy"].get("diagnosis_1", "").lower().replace("indeterminate", "")
-            photos = {view: image["isic_id"] for view, image in pair.items()}
-            rows.append(pair["dermoscopy"] | photos | {"case": case, "split": "", "DIAG": label})
-    notes = [f"{len(rows)} lesions with both photos; {len(images) - 2 * len(rows)} other images are not used"]
-    return "isic", table.parent, ("clinical", "dermoscopy"), {"DIAG": ("benign", "malignant")}, rows, notes
+# -------------------------------------------------------------- Pictures and their cache
 
-def read_ham(table):
-    """HAM10000: a row a photo; photos of one lesion go to one split. dx_type, left out, tells the diagnosis."""
-    rows = read_table(table, "lesion_id", "image_id", "dx")
-    for row in rows:
-        row |= {"case": row["image_id"], "split": "", "patient": row["lesion_id"], "DIAG": row["dx"].upper()}
-        row |= {"dermoscopy": row["image_id"], "mask": row["image_id"] + "_segmentation"}
-    return "ham", table.parent, ("dermoscopy", "mask"), {"DIAG": HAM10000}, rows, []
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".heic")  # HEIC is found in order to be refused
 
-def read_isic17(table):
-    """The ISIC 2017 challenge: a table for each of its three splits, two tasks."""
-    tasks, rows = {"melanoma": ("absent", "present"), "seborrheic_keratosis": ("absent", "present")}, []
-    for split, part in zip(SPLITS, ("Training", "Validation", "Test_v2")):
-        for row in read_table(table.with_name(f"ISIC-2017_{part}_Part3_GroundTruth.csv"), "image_id", *tasks):
-            labels = {task: {"0.0": "absent", "1.0": "present"}.get(row[task], row[task]) for task in tasks}
-            photos = {"dermoscopy": row["image_id"], "mask": row["image_id"] + "_segmentation"}
-            rows.append(row | labels | photos | {"case": row["image_id"], "split": split})
-    return "isic17", table.parent, ("dermoscopy", "mask"), tasks, rows, []
 
-def read_pairs(table):
-    """Your own CSV: a column a photo (paths from its folder); case, split, patient, METADATA; all others are tasks."""
-    rows = read_table(table)
-    views = tuple(view for view in (*VIEWS, "mask") if view in rows[0])
-    require(set(views) & set(VIEWS), f"{table}: no column clinical or dermoscopy; it has {', '.join(rows[0])}")
-    tasks = {}
-    for column in rows[0]:
-        if column not in (*VIEWS, "mask", "case", "split", "patient", "patient_id", "where", *METADATA):
-            classes = {row[column] for row in rows} - {""}
-            clear = len(classes) == len(set(map(same_text, classes))) and "/" not in column
-            require(clear, f"{table}, {column}: a / in the name, or classes that differ only in case, spaces or .0")
-            tasks[column] = tuple(sorted(classes, key=lambda name: (name != "absent", name)))
-    for row in rows:
-        row["split"] = row.get("split", "").lower()
-        require(row["split"] in ("", *SPLITS), f"{row['where']}: split is {row['split']!r}; write train, valid or test")
-        row["case"] = row.get("case") or " ".join(row[view] for view in views)
-    return "pairs", table.parent, views, tasks, rows, []
+def find_pictures(lesions, views, folder):
+    """The files that the lesions name: N * V paths, lesion by lesion, in the order of the views.
 
-def read_table(path, *required):
-    """Rows of a CSV file in UTF-8: dicts from column, in lower case, to text; "where" is a row's place in the file."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)  # strict: a quotation mark left open is an error
-            reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or []]
-            rows = [row | {"where": f"{path} line {reader.line_num}"} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from error
-    missing = [name for name in required if name not in columns]
-    require(not missing, f"{path}: no column {', '.join(missing)}; it has {', '.join(columns)}")
-    require(rows and len(columns) == len(set(columns)), f"{path}: no rows, or two columns of one name")
-    for row in rows:
-        require(None not in row and None not in row.values(), f"{row['where']}: not {len(columns)} values")
-        for column, text in row.items():
-            row[column] = "" if text.strip().lower() in UNKNOWN else text.strip()
-    return rows
-
-def find_photos(rows, views, folder):
-    """The names in the rows become files: paths from `folder`, or ISIC ids, whatever the case of their letters."""
-    files = defaultdict(list)  # path from the folder, or bare name of a photo, in lower case -> its files
+    A lesion names a path below the folder, or a file without its folder and ending; capitals do not
+    count. Refuses missing files, and different files of one name.
+    """
+    by_path = defaultdict(list)  # path below the folder, in lower case -> paths as they are
+    by_stem = defaultdict(list)  # name without folder and ending, in lower case -> paths
     for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # linked folders too
-        files[Path(name).as_posix().lower()].append(folder / name)
-        if name.lower().endswith((".jpg", ".jpeg", ".png")):
-            files[Path(name).stem.lower()].append(folder / name)
-    for row in rows:
+        path = folder / name
+        if path.is_file():
+            by_path[name.replace(os.sep, "/").lower()].append(path)
+            if path.suffix.lower() in PHOTO_ENDINGS:
+                by_stem[path.stem.lower()].append(path)
+
+    files = []
+    missing = []
+    for lesion in lesions:
         for view in views:
-            require(row[view], f"{row['where']}: no {view} photo")
-            found = [folder / row[view]]
-            if not found[0].is_file():
-                found = files.get(row[view].lower(), found)
-            require(len(found) == 1, f"several photos have one name, keep one: {listed(found)}")
-            row[view] = found[0]
+            text = lesion.pictures[view]
+            paths = by_path.get(text.lower()) or by_stem.get(text.lower(), [])
+            if (folder / text).is_file():
+                paths = [folder / text]
+            if not paths:
+                missing.append(f"{lesion.where}: {view} {text!r}")
+                continue
+            for other in paths[1:]:  # Kaggle's HAM10000 holds each photo in two folders
+                is_copy = filecmp.cmp(paths[0], other, shallow=False)
+                require(is_copy, f"several photos have one name, keep one: {first_few(paths)}")
+            files.append(paths[0])
+    require(not missing, "\n".join([f"photos are missing below {folder}:", *missing]))
+    return files
 
-def listed(texts):
-    """The first few of the texts, and how many there are."""
-    return ", ".join(map(str, texts[:4])) + f" ({len(texts)} in all)"
 
-def same_text(text):
-    """The text as people compare it: case, spaces, Unicode form and an ending .0 make no difference."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).removesuffix(".0")
+THUMBNAIL_SIZE = 32  # pixels of a side; photos are compared by so small a picture
+DECODER_VERSION = 1  # to be raised when `decode` gives other pixels: then the cache is made anew
 
-# ----------------------------------------------------------------------------------------------- splits without a leak
 
-def group_lesions(release):
-    """Lesions of one patient or with one photo belong together. Each lesion's group, named after its first lesion."""
-    lesions_with = defaultdict(list)  # photo or patient -> its lesions
-    for n, patient in enumerate(release.patients):
-        for shared in (*release.digests[n], patient):
-            lesions_with[shared].append(n)
-    lesions_with.pop("", None)  # unknown patients
-    group, twins = np.arange(len(release.cases)), []
-    for shared, lesions in lesions_with.items():
-        if len(lesions) > 1:
-            group[np.isin(group, group[lesions])] = group[lesions].min()  # all their groups become one
-            if shared not in release.patients:  # a photo
-                twins.append(" and ".join(release.cases[n] for n in lesions))
-    if twins:
-        release.notes.append(f"WARNING: one photo stands for two, in {listed(twins)}")
-    return group
-
-def make_split(release, group, path):
-    """Stratified by the first task, always the same; groups stay together. 7 or 8 of ten folds are for training."""
-    classes = release.labels[:, 0]
-    enough = len(set(group)) >= 10 and np.bincount(classes + 1).max() >= 10
-    require(enough, f"{path}: fewer than 10 independent lesions, or no class has 10; give a column split")
-    tenths = ("test", "valid") if release.kind == "ham" else ("test", "test", "valid")  # MAT, 3.1; paper, Sec. 4.2
-    folds = StratifiedGroupKFold(10, shuffle=True, random_state=0).split(classes, classes, group)
-    release.split = np.full(len(classes), "train")
-    for name, (_, rows) in zip(tenths, folds):
-        release.split[rows] = name
-
-def check(release, path):
-    """Makes the split, or refuses a given one that leaks; refuses a task with nothing to learn."""
-    group = group_lesions(release)
-    if not release.split.any():
-        make_split(release, group, path)
-    names = [f"{case} ({split})" for case, split in zip(release.cases, release.split)]
-    leaks = [f"{names[n]} and {names[group[n]]}" for n in np.flatnonzero(release.split != release.split[group])]
-    require(release.published or not leaks, f"{path}: a patient or photo in two splits, move a lesion: {listed(leaks)}")
-    require(set(release.split) == set(SPLITS), f"{path}: no lesion in one of {', '.join(SPLITS)}")
-    for t, (task, classes) in enumerate(release.tasks.items()):
-        require(len(classes) <= max(20, len(release.cases) // 10), f"{path}: {task}: {len(classes)} classes? Remove it")
-        learned = set(release.labels[release.rows("train"), t]) - {-1}
-        require(len(learned) > 1, f"{path}: {task} has fewer than two classes in the training split")
-    if release.kind == "spc" and not release.published:
-        release.notes.append("WARNING: not derm7pt's published labels and split; do not compare with the paper")
-
-# ---------------------------------------------------------------------------------- photos: decoded once, kept as uint8
-
-def digest(contents):
-    """Hash of a file's bytes, or of decoded pixels: ISIC writes its id into each file, so copies differ in bytes."""
+def hash_of(contents):
     return hashlib.blake2b(contents, digest_size=16).hexdigest()
 
+
+def turn_upright(image):
+    """Turns a photo as its EXIF says, then rewrites its EXIF, which may fail if an entry is odd."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # of nearly any kind; what matters, the turn, comes first
+        pass
+
+
 def decode(path, size):
-    """A photo as (size, size, 3) uint8 RGB: upright, resized to a square without cropping (paper, Sec. 4.1)."""
+    """A photo as (size, size, 3) uint8 RGB: upright, resized without cropping (paper, Sec. 4.1)."""
     try:
         with Image.open(path) as image:
-            require(image.mode[0] not in "IF", "not 8 bits a channel; save it as an 8-bit JPEG or PNG")
-            image.draft(None, (2 * size, 2 * size))  # a JPEG's decoder halves it while it stays above that size
+            has_8_bits = not image.mode.startswith(("I", "F"))  # integers and floats of more bits
+            require(has_8_bits, "not 8 bits a channel; save it as an 8-bit JPEG or PNG")
+            image.draft(None, (2 * size, 2 * size))  # a JPEG is halved while it stays above that
             image.load()
-            with suppress(Exception):  # it turns the photo, then rewrites its EXIF, which may fail
-                ImageOps.exif_transpose(image, in_place=True)
+            turn_upright(image)
             return np.array(image.convert("RGB").resize((size, size), Image.BILINEAR))
+    except MemoryError:  # not the photo's fault
+        raise
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
-        raise DataError(f"{path}: {error}") from error
+        is_heic = Path(path).suffix.lower() in (".heic", ".heif")
+        reason = "HEIC; save it as JPEG or PNG" if is_heic else error
+        raise DataError(f"{path}: {reason}") from error
 
-def decode_all(files, size, cache):
-    """All photos, (len(files), size, size, 3) uint8, and file -> hash of its bytes. They are kept in `cache`, in one
-    file named after a hash of all their contents: if one photo changes, all are decoded anew."""
-    hashes = [digest(file.read_bytes()) if file.is_file() else "" for file in files]
-    path = Path(cache) / f"{size}-{digest(f'{PILLOW} {hashes}'.encode())}.npy"
+
+def decode_all(files, size):
+    """A list of files -> pixels (len(files), S, S, 3) uint8. Broken ones are refused, all named."""
+    pixels = np.empty((len(files), size, size, 3), np.uint8)
+    problems = []
+
+    def decode_one(n):
+        try:
+            pixels[n] = decode(files[n], size)
+        except DataError as error:
+            problems.append(str(error))
+
+    threads = ThreadPoolExecutor()
+    try:
+        decodings = [threads.submit(decode_one, n) for n in range(len(files))]
+        for decoding in progress(decodings, "decoding photos"):
+            decoding.result()  # waits for it
+    finally:
+        threads.shutdown(cancel_futures=True)  # after Ctrl-C no further photo is begun
+    message = ["photos are broken, restore or remove them:", *sorted(problems)]
+    require(not problems, "\n".join(message))
+    return pixels
+
+
+def decode_once(files, file_hashes, size, cache):
+    """Pixels (len(files), S, S, 3) uint8 of the files, over a memory map.
+
+    They are kept in the folder `cache` under a hash of all files: if one photo changes, all are
+    decoded anew. What is old stays there; the folder may be deleted at any time.
+    """
+    name = hash_of(f"{PIL.__version__} {DECODER_VERSION} {file_hashes.tolist()}".encode())
+    path = Path(cache) / f"{size}-{name}.npy"
     if not path.exists():
-        print(f"decoding {len(files)} photos", file=sys.stderr)
-        pixels = np.empty((len(files), size, size, 3), np.uint8)
-        def fill(n):
-            try:
-                pixels[n] = decode(files[n], size)
-            except DataError as error:
-                return str(error)
-        with ThreadPoolExecutor() as threads:
-            problems = sorted(filter(None, threads.map(fill, range(len(files)))))
-        require(not problems, "\n".join(["photos are missing or broken, restore or remove them:", *problems]))
-        with whole(path) as temporary, open(temporary, "wb") as file:
+        pixels = decode_all(files, size)
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.save(file, pixels)
-    return np.load(path, mmap_mode="c"), dict(zip(files, hashes))  # "c": read when used; writable, as torch wants it
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # writable, as torch wants it
+
+
+def hash_pictures(pictures):
+    """An array (n,) with a text for each picture (n, S, S, 3) uint8."""
+    return np.array([hash_of(picture.tobytes()) for picture in np.asarray(pictures)])
+
+
+def read_pictures(files, size, cache):
+    """Pixels (n, S, S, 3) uint8 of n files, hashes (n,) of what they show, and of the files.
+
+    Photos that show the same are one photo, though their files may differ: the ISIC Archive writes
+    an id into each copy. They are compared by thumbnails, which do not depend on a run's size.
+    """
+    file_hashes = np.array([hash_of(file.read_bytes()) for file in files])
+    pixels = decode_once(files, file_hashes, size, cache)
+    thumbnails = decode_once(files, file_hashes, THUMBNAIL_SIZE, cache)
+    return pixels, hash_pictures(thumbnails), file_hashes
+
+
+# --------------------------------------------------------------------- Labels and words
+
+
+def number_labels(lesions, tasks):
+    """Labels (N, T) int64: the number of each lesion's class in its task, -1 for an empty text."""
+    labels = torch.full((len(lesions), len(tasks)), -1)
+    for t, (task, classes) in enumerate(tasks.items()):
+        wrong = []
+        for n, lesion in enumerate(lesions):
+            name = lesion.labels[task]
+            if name in classes:
+                labels[n, t] = classes.index(name)
+            elif name:
+                wrong.append(f"{lesion.where} {name!r}")
+        message = f"{task} is none of {', '.join(classes)}; correct or empty it"
+        require(not wrong, f"{message}: {first_few(wrong)}")
+    return labels
+
+
+SPECIAL_WORDS = ["", "begin"]  # the first of every vocabulary: number 0 fills up, 1 begins a lesion
+
+
+def patient_word(column, text):
+    """A fact about the patient as a word, the same in every release: "age from 40", "sex male"."""
+    fact = PATIENT_FACTS.get(column, column)
+    text = normalise_text(text.replace("_", " "))
+    if fact == "age" and text.replace(".", "", 1).isdecimal():
+        band = int(float(text)) // 20 * 20  # not in the paper: single years are too rare to learn
+        text = f"from {band}"
+    return f"{fact} {text}"
+
+
+def patient_words(about):
+    """The words about one patient, column -> text, in the order of PATIENT_FACTS."""
+    word_of = {}  # fact -> word
+    for column, fact in PATIENT_FACTS.items():
+        if about.get(column) and fact not in word_of:
+            word_of[fact] = patient_word(column, about[column])
+    return list(word_of.values())
+
+
+def make_vocabulary(words_of_lesions, is_train):
+    """The special words, then the words of the training lesions, sorted."""
+    learned = set()
+    for n in np.flatnonzero(is_train):
+        learned.update(words_of_lesions[n])
+    return SPECIAL_WORDS + sorted(learned)
+
+
+def number_words(words_of_lesions, vocabulary):
+    """(N, m) int64: 1, then the numbers of a lesion's words that the vocabulary has, then zeros."""
+    numbers_of_lesions = []
+    for words in words_of_lesions:
+        numbers = [vocabulary.index("begin")]
+        for word in words:
+            if word in vocabulary:
+                numbers.append(vocabulary.index(word))
+        numbers_of_lesions.append(torch.tensor(numbers))
+    return torch.nn.utils.rnn.pad_sequence(numbers_of_lesions, batch_first=True)
+
+
+# ---------------------------------------------------------------- Splits without a leak
+
+
+def group_lesions(lesions, photo_hashes):
+    """(N,) the group of each lesion: the number of the group's first lesion.
+
+    Lesions of one patient, with one lesion id or with one photo belong together, and so do all that
+    a chain of these connects. A group must lie in one split. The algorithm is called union-find.
+    """
+    parent = list(range(len(lesions)))  # an earlier lesion of the same group, or the lesion itself
+
+    def first_of_group(n):
+        while parent[n] != n:
+            n = parent[n]
+        return n
+
+    first_with = {}  # a patient, lesion id or photo -> the first lesion that has it
+    for n, lesion in enumerate(lesions):
+        traits = [("patient", normalise_text(lesion.patient))]
+        traits.append(("lesion", normalise_text(lesion.lesion_id)))
+        for photo_hash in photo_hashes[n]:
+            traits.append(("photo", photo_hash))
+        for trait in traits:
+            _, name = trait
+            if name:
+                other = first_with.setdefault(trait, n)
+                earlier, later = sorted([first_of_group(n), first_of_group(other)])
+                parent[later] = earlier
+    return np.array([first_of_group(n) for n in range(len(lesions))])
+
+
+def make_split(labels, groups, kind, path):
+    """A split (N,) for labels (N, T) and groups (N,), which stay together. Always the same.
+
+    It is stratified by the first task; the lesions without a label are spread like a class.
+    """
+    classes = np.zeros(len(groups), int)
+    if labels.shape[1]:  # if only masks are learned, there are no labels
+        classes = labels[:, 0].numpy()
+    enough = len(set(groups)) >= 10 and np.bincount(classes + 1).max() >= 10
+    advice = "fewer than 10 independent lesions, or no class has 10; give a column split"
+    require(enough, f"{path}: {advice}")
+    splitter = StratifiedGroupKFold(10, shuffle=True, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer than 10 lesions
+        folds = [fold for _, fold in splitter.split(classes, classes, groups)]
+    split = np.full(len(classes), "train")
+    if kind == "ham":  # 0.8 / 0.1 / 0.1: MAT, Sec. 3.1
+        split[folds[0]] = "test"
+        split[folds[1]] = "valid"
+    else:  # 0.7 / 0.1 / 0.2: paper, Sec. 4.2
+        split[folds[0]] = "test"
+        split[folds[1]] = "test"
+        split[folds[2]] = "valid"
+    return split
+
+
+def check_split(split, groups, lesions, path):
+    """Refuses a group in two splits, and a split without lesions."""
+    leaks = []
+    for n, m in enumerate(groups):  # m is the first lesion of the group
+        if split[n] != split[m]:
+            leaks.append(f"{lesions[n].case} ({split[n]}) and {lesions[m].case} ({split[m]})")
+    message = "a patient, lesion or photo in two splits, move a lesion"
+    require(not leaks, f"{path}: {message}: {first_few(leaks)}")
+    for name in SPLITS:
+        require(name in split, f"{path}: no lesion in the split {name}")
+
+
+def is_published_spc(labels, split):
+    """Whether these are derm7pt's published labels (N, T) and split (N,), line by line."""
+    code = np.full((len(labels), labels.shape[1] + 1), -1, np.int8)
+    code[:, :-1] = labels.numpy()
+    for number, name in enumerate(SPLITS):
+        code[split == name, -1] = number
+    return hashlib.sha256(code.tobytes()).hexdigest() == PUBLISHED_SPC
+
+
+# --------------------------------------------------------------------------------- Read
+
+
+def are_complete(lesions, needs_label):
+    """Which lesions training can use, (N,) bool: those with a split and, if it is needed, a label.
+
+    What no lesion of the release has, none needs.
+    """
+    has_split = np.array([lesion.split != "" for lesion in lesions])
+    has_label = np.array([any(lesion.labels.values()) for lesion in lesions])
+    complete = np.full(len(lesions), True)
+    if has_split.any():
+        complete = complete & has_split
+    if needs_label and has_label.any():
+        complete = complete & has_label
+    return complete
+
+
+def choose_lesions(catalogue, views, to_train):
+    """The lesions that can be used, and notes on those that are left out."""
+    complete = are_complete(catalogue.lesions, needs_label="mask" not in views)
+    chosen = []
+    without_photo = []
+    incomplete = []
+    for lesion, is_complete in zip(catalogue.lesions, complete):
+        if not all(lesion.pictures[view] for view in views):
+            without_photo.append(lesion.where)
+        elif to_train and not is_complete:
+            incomplete.append(lesion.case)
+        else:
+            chosen.append(lesion)
+    notes = list(catalogue.notes)
+    if without_photo:
+        notes.append(f"WARNING: a photo is not named, left out: {first_few(without_photo)}")
+    if incomplete:
+        notes.append(f"WARNING: label or split is missing, left out: {first_few(incomplete)}")
+    return chosen, notes
+
+
+def check_texts(lesions):
+    """Refuses lesions of one name, and characters that nobody sees."""
+    cases = set()
+    for lesion in lesions:
+        is_new = lesion.case not in cases
+        advice = "remove a line or give a column case"
+        require(is_new, f"{lesion.where}: another lesion is called {lesion.case!r} too; {advice}")
+        cases.add(lesion.case)
+        for text in (lesion.lesion_id, lesion.patient, *lesion.labels.values()):
+            is_visible = text.isprintable()
+            require(is_visible, f"{lesion.where}: an invisible character in {text!r}; retype it")
+
+
+def check_masks(masks, lesions, path):
+    """Notes on empty masks (N, S, S, 3). Refuses a release in which all are empty."""
+    empty = [lesion.case for lesion, mask in zip(lesions, masks) if mask.max() <= 127]
+    message = "empty masks; they must be 255 inside the lesion"
+    require(len(empty) < len(lesions), f"{path}: {message}")
+    return [f"WARNING: {message}: {first_few(empty)}"] if empty else []
+
+
+def check_class_counts(tasks, num_lesions, path):
+    """Refuses a column that is no task but has a text of its own for nearly every lesion."""
+    for task, classes in tasks.items():
+        are_few = len(classes) <= max(20, num_lesions // 10)
+        advice = "if these are names or measurements, remove the column"
+        counts = f"{len(classes)} classes in {num_lesions} lesions"
+        require(are_few, f"{path}: {task}: {counts}; {advice}")
+
+
+def check_tasks(tasks, labels, split, path):
+    """Refuses tasks that cannot be learned. labels (N, T), split (N,).
+
+    Returns notes on classes without a training lesion, and on splits without a label of a task.
+    """
+    notes = []
+    for t, (task, classes) in enumerate(tasks.items()):
+        learned = labels[split == "train", t].unique().tolist()
+        unlearned = [name for number, name in enumerate(classes) if number not in learned]
+        can_learn = len(classes) - len(unlearned) >= 2
+        require(can_learn, f"{path}: {task} has fewer than two classes to train on")
+        if unlearned:
+            notes.append(f"WARNING: {task}: no training lesion of {', '.join(unlearned)}")
+        for name in ("valid", "test"):
+            if (labels[split == name, t] == -1).all():
+                notes.append(f"WARNING: {task}: no label in the split {name}")
+    return notes
+
+
+def note_shared_photos(lesions, photo_hashes):
+    """Notes on identical photos, within a lesion and between lesions. photo_hashes (N, photos)."""
+    cases_with = defaultdict(list)  # photo hash -> cases
+    twice = []  # cases with the same photo twice
+    for lesion, hashes in zip(lesions, photo_hashes):
+        for photo_hash in set(hashes):
+            cases_with[photo_hash].append(lesion.case)
+        if len(set(hashes)) < len(hashes):
+            twice.append(lesion.case)
+    notes = []
+    if twice:
+        notes.append(f"WARNING: clinical and dermoscopy photo are one photo: {first_few(twice)}")
+    shared = [" and ".join(cases) for cases in cases_with.values() if len(cases) > 1]
+    if shared:
+        notes.append(f"WARNING: several lesions have one photo: {first_few(shared)}")
+    return notes
+
+
+def metadata_of(lesions):
+    """Column -> a text for each lesion, for the columns that are not empty."""
+    metadata = {}
+    for column in METADATA:
+        texts = [lesion.about.get(column, "") for lesion in lesions]
+        if any(texts):
+            metadata[column] = texts
+    return metadata
+
+
+def fingerprint_of(tasks, lesions, file_hashes):
+    """A hash of what results depend on, but for masks, the split, and lesions only to be predicted.
+
+    So a release has one fingerprint, to train and to predict, with and without masks (unless one
+    is missing: then its lesion is left out where masks are read).
+    """
+    contents = [list(tasks.items())]
+    complete = are_complete(lesions, needs_label=True)
+    for lesion, hashes, is_complete in zip(lesions, file_hashes.tolist(), complete):
+        if is_complete:
+            contents.append([lesion.case, lesion.labels, lesion.about, hashes])
+    return hash_of(repr(contents).encode())
+
+
+def read(path, size=128, cache="runs/cache", to_train=True, masks=False, vocabulary=None):
+    """The Release at `path`, a folder or one of its tables, with pictures of size x size pixels.
+
+    cache       the folder in which decoded pictures are kept
+    to_train    demands labels (or masks, if these are all) and a split, or makes one;
+                False: for lesions that will only be predicted
+    masks       reads the lesions' masks too, if the release has them
+    vocabulary  that of a run; without one the training lesions make it
+    Raises DataError.
+    """
+    path = Path(path).expanduser().resolve()
+    catalogue = read_tables(path)
+    views = catalogue.views
+    if "mask" in views and not masks:
+        views = views[:-1]
+    lesions, notes = choose_lesions(catalogue, views, to_train)
+    require(lesions, f"{path}: no lesion can be used. {'; '.join(notes)}")
+    if to_train:
+        can_learn = catalogue.has_labels() or "mask" in views
+        require(can_learn, f"{path}: no lesion with a label. {'; '.join(notes)}")
+        check_class_counts(catalogue.tasks, len(lesions), path)
+    check_texts(lesions)
+    labels = number_labels(lesions, catalogue.tasks)
+
+    files = find_pictures(lesions, views, catalogue.folder)
+    pixels, photo_hashes, file_hashes = read_pictures(files, size, cache)
+    pixels = pixels.view(len(lesions), len(views), size, size, 3)
+    photo_hashes = photo_hashes.reshape(len(lesions), len(views))
+    file_hashes = file_hashes.reshape(len(lesions), len(views))
+    if "mask" in views:  # as the last
+        photo_hashes = photo_hashes[:, :-1]
+        file_hashes = file_hashes[:, :-1]
+        notes += check_masks(pixels[:, -1], lesions, path)
+
+    split = np.array([lesion.split for lesion in lesions])
+    if to_train:
+        groups = group_lesions(lesions, photo_hashes)
+        if (split == "").all():
+            split = make_split(labels, groups, catalogue.kind, path)
+        # derm7pt's split stays as published, so that results can be compared with the paper's. If
+        # it leaks, that is only noted.
+        if not is_published_spc(labels, split):
+            check_split(split, groups, lesions, path)
+        notes += check_tasks(catalogue.tasks, labels, split, path)
+        notes += note_shared_photos(lesions, photo_hashes)
+    published = is_published_spc(labels, split)
+    if catalogue.kind == "spc" and not published:
+        advice = "do not compare with the paper"
+        notes.append(f"WARNING: not derm7pt's published labels and split; {advice}")
+    words = [patient_words(lesion.about) for lesion in lesions]
+    if vocabulary is None:
+        vocabulary = make_vocabulary(words, split == "train")
+    return Release(
+        pixels=pixels,
+        views=views,
+        labels=labels,
+        tasks=catalogue.tasks,
+        split=split,
+        words=number_words(words, vocabulary),
+        vocabulary=vocabulary,
+        kind=catalogue.kind,
+        cases=[lesion.case for lesion in lesions],
+        lesion_ids=[lesion.lesion_id for lesion in lesions],
+        patients=[lesion.patient for lesion in lesions],
+        metadata=metadata_of(lesions),
+        photo_hashes=photo_hashes,
+        fingerprint=fingerprint_of(catalogue.tasks, lesions, file_hashes),
+        published=published,
+        notes=notes,
+    )
+
+
+# --------------------------------------------------------- Other lesions than a run's own
+
+
+def match_labels(release, tasks):
+    """The release with a run's tasks. Its labels are matched by the names of task and class.
+
+    A label is -1 where the run has no such class; a note names these classes.
+    """
+    numbers_in_run = {}  # "task/class" -> number of the task, number of the class
+    for t, (task, classes) in enumerate(tasks.items()):
+        for number, name in enumerate(classes):
+            numbers_in_run[normalise_text(f"{task}/{name}")] = (t, number)
+    labels = torch.full((len(release.cases), len(tasks)), -1, device=release.labels.device)
+    unmatched = []
+    for t, (task, classes) in enumerate(release.tasks.items()):
+        for number, name in enumerate(classes):
+            key = normalise_text(f"{task}/{name}")
+            if key in numbers_in_run:
+                t_in_run, number_in_run = numbers_in_run[key]
+                labels[release.labels[:, t] == number, t_in_run] = number_in_run
+            else:
+                unmatched.append(f"{task}/{name}")
+    notes = list(release.notes)
+    if unmatched:
+        names = ", ".join(unmatched)
+        notes.append(f"WARNING: the run has no class {names}; these labels are left out")
+    return replace(release, tasks=tasks, labels=labels, notes=notes)
+
+
+def release_of_one(photos, about, size, vocabulary):
+    """A Release of one lesion without labels: photos, view -> path; about, column -> text."""
+    views = tuple(view for view in VIEWS if view in photos)
+    pictures = []
+    thumbnails = []
+    for view in views:
+        pictures.append(decode(photos[view], size))
+        thumbnails.append(decode(photos[view], THUMBNAIL_SIZE))
+    photo_hashes = hash_pictures(thumbnails)[None]  # (1, V)
+    notes = note_shared_photos([Lesion("", "this lesion", photos)], photo_hashes)
+    for column, text in about.items():
+        if column not in PATIENT_FACTS:  # also elevation: `read` makes no word of it
+            word = patient_word(column, text)
+            notes.append(f"WARNING: {word!r} is no fact that a run can learn; it is left out")
+    words = patient_words(about)
+    for word in words:
+        if word not in vocabulary:
+            notes.append(f"WARNING: the run has not learned the word {word!r}; it is left out")
+    return Release(
+        pixels=torch.from_numpy(np.stack(pictures)[None]),  # (1, V, S, S, 3)
+        views=views,
+        labels=torch.empty((1, 0), dtype=torch.int64),
+        tasks={},
+        split=np.array([""]),
+        words=number_words([words], vocabulary),
+        vocabulary=vocabulary,
+        kind="one",
+        cases=["this lesion"],
+        lesion_ids=[""],
+        patients=[""],
+        photo_hashes=photo_hashes,
+        notes=notes,
+    )
+
+
+def names_of(release, n):
+    """The case, lesion id and patient of a lesion, as far as they mean the same in other releases.
+
+    Numbers do not: two tables may both count from 1. Nor do paths of photos, which `read_pairs`
+    takes for cases where there is no column case. Such lesions are recognised by their photos.
+    """
+    names = set()
+    for name in (release.cases[n], release.lesion_ids[n], release.patients[n]):
+        text = normalise_text(name)
+        is_path = Path(text).suffix in Image.registered_extensions()
+        if text and not text.isdecimal() and not is_path:
+            names.add(name)
+    return names
+
+
+def identities(release, rows):
+    """By what the lesions with these numbers can be recognised, two sorted lists of texts.
+
+    "ids" holds cases, lesion ids and patients (see `names_of`), "photos" the hashes of photos.
+    """
+    ids = set()
+    photos = set()
+    for n in rows.tolist():
+        ids.update(names_of(release, n))
+        photos.update(release.photo_hashes[n].tolist())
+    return {"ids": sorted(ids), "photos": sorted(photos)}
+
+
+def prefixes_of(ids):
+    """What begins the ids of lesions: IL_ in the ISIC Archive, HAM_ in HAM10000, ..."""
+    prefixes = set()
+    for name in ids:
+        match = re.fullmatch(r"([A-Z]+\d*_)\d+", name)
+        if match:
+            prefixes.add(match[1])
+    return prefixes - {"ISIC_", "IP_"}  # of photos and patients
+
+
+def find_known(release, seen):
+    """Which lesions have been seen before: (N,) bool, and sentences for the user, or "".
+
+    `seen` comes from `identities`. A lesion is known if its case, lesion id or patient is among all
+    the ids, or one of its photos among the photos.
+    """
+    seen_ids = {normalise_text(name) for name in seen["ids"]}
+    seen_photos = set(seen["photos"])
+    by_id = []
+    by_photo = []
+    for n in range(len(release.cases)):
+        ids = [normalise_text(name) for name in names_of(release, n)]
+        by_id.append(not seen_ids.isdisjoint(ids))
+        by_photo.append(not seen_photos.isdisjoint(release.photo_hashes[n]))
+    known = np.array(by_id) | np.array(by_photo)
+    sentences = []
+    if known.any():
+        counts = f"{sum(by_id)} by id, {sum(by_photo)} by photo"
+        sentences.append(f"{known.sum()} of {len(known)} lesions have been seen before: {counts}.")
+    here = prefixes_of(release.lesion_ids)
+    elsewhere = prefixes_of(seen["ids"]) - here
+    if here and elsewhere:
+        pair = f"{', '.join(sorted(here))} with {', '.join(sorted(elsewhere))}"
+        sentences.append(f"Lesion ids cannot be compared ({pair}): more may have been seen.")
+    if any(normalise_text(name).isdecimal() for name in release.lesion_ids + release.patients):
+        sentences.append("Lesion ids and patients that are mere numbers were not compared.")
+    return known, " ".join(sentences)
+
+
+# ------------------------------------------------------------------------- Drawn lesions
+#
+# A stand-in for derm7pt, whose photos must not be passed on: it shows that the machinery works. The
+# colours, sizes and probabilities below were chosen so that a small network learns something in a
+# minute, and from the clinical photos less than from the others. They mean nothing else.
+
+SKIN = (232, 190, 170)
+BODY = {  # colour of the lesion, by diagnosis
+    "NEV": (168, 112, 78),
+    "MEL": (168, 112, 78),
+    "BCC": (222, 150, 150),
+    "SK": (140, 118, 96),
+    "MISC": (190, 120, 105),
+}
+MARKS = {  # colour of each criterion; they are drawn one over another in this order
+    "PIG": (100, 62, 40),
+    "RS": (240, 228, 224),
+    "BWV": (100, 120, 165),
+    "PN": (75, 45, 28),
+    "STR": (55, 33, 25),
+    "DaG": (45, 28, 24),
+    "VS": (200, 30, 50),
+}
+
+
+def pattern_of(task, x, y):
+    """Where a criterion has colour: a mesh, rays, dots, winding lines; None: everywhere."""
+    if task == "PN":
+        return np.maximum(np.cos(100 * x), np.cos(100 * y)) > 0.6
+    if task == "STR":
+        return np.cos(16 * np.arctan2(y, x)) > 0.4
+    if task == "DaG":
+        return np.cos(70 * x) + np.cos(70 * y) > 1.2
+    if task == "VS":
+        return np.abs(np.sin(30 * x + 2 * np.cos(35 * y))) < 0.2
+    return None
+
+
+def invent_signs(rng):
+    """A class for each task. The more malignant a lesion, the more criteria are irregular.
+
+    The seven-point rule makes a melanoma of the points of irregular criteria.
+    """
+    malignancy = rng.beta(0.6, 1.1)  # from 0 to 1
+    signs = {}
+    points = 0
+    for task, classes in SPC_TASKS.items():
+        if task == "DIAG":
+            continue
+        harmless = ["absent", "absent"]  # where there is a regular class, it is drawn in 1 of 3
+        if len(classes) == 3:
+            harmless.append(classes[1])
+        signs[task] = rng.choice(harmless)
+        if rng.random() < 0.7 * malignancy:
+            signs[task] = classes[-1]  # irregular, or present where there are two classes
+            points += 2 if task in ("PN", "BWV", "VS") else 1  # major and minor criteria
+    mole = "MEL" if points >= 3 else "NEV"
+    signs["DIAG"] = rng.choice([mole, "MISC", "SK", "BCC"], p=[0.82, 0.1, 0.04, 0.04])
+    return signs
+
+
+def draw_dermoscopy(signs, rng, height):
+    """The dermoscopy photo (H, W, 3) and the mask (H, W) of the lesion in it, both uint8."""
+    width = height * 3 // 2
+    ys = np.linspace(-0.5, 0.5, height)  # lengths are in units of the height, from the centre
+    xs = np.linspace(-0.75, 0.75, width)
+    y, x = np.meshgrid(ys, xs, indexing="ij")
+    radius = rng.uniform(0.32, 0.4)
+    waves = rng.integers(2, 6) * np.arctan2(y, x) + rng.uniform(0, 6)
+    depth = radius + 0.03 * np.cos(waves) - np.hypot(y, x)  # below the wavy outline; < 0 outside
+    inside = np.clip(depth / 0.03, 0, 1)  # the mask with a soft edge
+    photo = np.full((height, width, 3), SKIN) * rng.uniform(0.9, 1.04)
+    photo += inside[..., None] * (BODY[signs["DIAG"]] - photo)
+    for task, colour in MARKS.items():
+        if signs[task] == "absent":
+            continue
+        centre, scale, strength = (0, 0), 1, 0.7
+        if signs[task] in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, stronger
+            centre, scale, strength = rng.choice([-0.15, 0.15], 2), 1.5, 0.95
+        squared_distance = (y - centre[0]) ** 2 + (x - centre[1]) ** 2
+        blob = np.exp(-squared_distance / (0.15 * scale) ** 2)
+        pattern = pattern_of(task, x / scale, y / scale)
+        if pattern is not None:
+            blob = blob**0.25 * pattern  # a blob of twice the scale
+        photo += (strength * inside * blob)[..., None] * (colour - photo)
+    return photo.clip(0, 255).astype(np.uint8), np.uint8(255 * (depth > 0))
+
+
+def draw_clinical(dermoscopy, rng):
+    """The same lesion at half the size, anywhere, blurred, in uneven light, with grain."""
+    height, width, _ = dermoscopy.shape
+    top = rng.integers(height)
+    left = rng.integers(width)
+    margins = ((top, height - top), (left, width - left), (0, 0))
+    wide = Image.fromarray(np.pad(dermoscopy, margins, "edge"))
+    small = wide.resize((width, height))
+    blurred = np.asarray(small.filter(ImageFilter.GaussianBlur(0.015 * height)))
+    brightness = rng.uniform(0.85, 1.05)
+    slope = rng.uniform(-0.15, 0.15)
+    light = brightness + slope * np.linspace(-0.75, 0.75, width)[:, None]  # (W, 1)
+    grain = rng.normal(0, 5, dermoscopy.shape)
+    return (blurred * light + grain).clip(0, 255).astype(np.uint8)
+
+
+def draw_release(folder, cases, height, seed):
+    """Draws photos and masks, and writes the tables, in derm7pt's layout."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "meta").mkdir()
+    table = [["case_num", "clinic", "derm", *SPC_COLUMNS.values(), "sex", "notes"]]
+    for n in progress(range(cases), "drawing lesions"):
+        rng = np.random.default_rng([seed, n])
+        signs = invent_signs(rng)
+        dermoscopy, mask = draw_dermoscopy(signs, rng, height)
+        clinical = draw_clinical(dermoscopy, rng)
+        names = [f"clinic{n:04}.jpg", f"derm{n:04}.jpg", f"derm{n:04}_segmentation.png"]
+        for name, picture in zip(names, (clinical, dermoscopy, mask)):
+            Image.fromarray(picture).save(folder / "images" / name, quality=92)
+        cells = [10_000 * seed + n + 1, names[0], names[1]]
+        for task, texts in SPC_TEXTS.items():
+            cells.append(rng.choice(texts[signs[task]]))
+        table.append([*cells, rng.choice(["female", "male"]), "synthetic"])
+    np.savetxt(folder / "meta/meta.csv", table, "%s", ",")
+    ends = [round(cases * 413 / 1011), round(cases * 616 / 1011)]  # the published shares
+    for split, numbers in zip(SPLITS, np.split(np.arange(cases), ends)):
+        path = folder / f"meta/{split}_indexes.csv"
+        np.savetxt(path, numbers, "%d", header="indexes", comments="")
+
+
+def synthesize(folder, cases=1011, height=256, seed=0):
+    """Draws a synthetic SPC, with masks. The folder is complete or not there; an old one stays."""
+    folder = Path(folder)
+    if (folder / "meta/meta.csv").is_file():
+        return
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        draw_release(temporary, cases, height, seed)
+        os.rename(temporary, folder)
+    except OSError:
+        if not (folder / "meta/meta.csv").is_file():  # nor has another process drawn it meanwhile
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ------------------------------------------------------------------- For the other files
+
 
 @contextmanager
-def whole(path):
-    """A temporary path that becomes `path` when the block ends well: a file is whole or not there."""
+def atomic_write(path):
+    """Yields a temporary path that becomes `path` at the end: a file is complete or not there."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
-# ------------------------------------------------------------------------------------------------- what a network reads
 
-def as_inputs(pixels, views):
-    """Pixels (B, V, S, S, 3) -> view -> (B, 3, S, S) float32, normalised; for a mask (B, 1, S, S), 1 in the lesion."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
-    x = pixels.permute(0, 1, 4, 2, 3) / 255  # (B, V, 3, S, S)
-    inputs = {view: (x[:, v] - mean) / std for v, view in enumerate(views)}
-    if "mask" in inputs:
-        inputs["mask"] = (x[:, list(views).index("mask"), :1] > 0.5).float()
-    return inputs
+CLEAR_LINE = "\r\x1b[K"  # a terminal goes back to the line's beginning and empties it
 
-def augment(pixels, views, generator):
-    """as_inputs after the paper's augmentation (Sec. 4.1), the whole batch at once. `generator` is on the CPU. All
-    pictures of a lesion share the geometry; each has its own light. Ranges: the authors' earlier code, FusionM4Net."""
-    B, V, S = pixels.shape[:3]
-    def coin(*shape):
-        return torch.randint(0, 2, shape, generator=generator)
-    def between(low, high, *shape):
-        return torch.empty(shape).uniform_(low, high, generator=generator)
 
-    # From a place in the new picture to the place in the photo that it shows: flip, turn, zoom, shift.
-    flips = torch.diag_embed(1 - 2.0 * coin(B, 2))  # (B, 2, 2)
-    quarters = coin(B) * between(0, 4, B).floor()
-    moved = coin(B)  # one coin for rotation, zoom and shift together
-    angle = quarters * np.pi / 2 + moved * between(-np.pi / 4, np.pi / 4, B)
-    turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), 1).view(B, 2, 2)
-    zoom = 1 + moved * between(-0.5, 0.5, B)
-    shift = moved.view(B, 1) * between(-1 / 8, 1 / 8, B, 2)  # up to 1/16 of the side: the grid's side is 2 long
-    affine = torch.cat((turn @ flips / zoom.view(B, 1, 1), shift.view(B, 2, 1)), 2).to(pixels.device)  # (B, 2, 3)
-    x = pixels.permute(0, 1, 4, 2, 3).reshape(B, 3 * V, S, S).float()  # all pictures as one image of 3V channels
-    grid = F.affine_grid(affine, x.shape, align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False).view(B, V, 3, S, S)
+def progress(items, title):
+    """Yields the items of a sequence. On a terminal one line says what is done and the time left.
 
-    lit = coin(B, V, 1, 1, 1)
-    if "mask" in views:
-        lit[:, views.index("mask")] = 0
-    contrast = 1 + lit * between(-0.2, 0.2, B, V, 1, 1, 1)
-    brightness = 255 * lit * between(-0.2, 0.2, B, V, 1, 1, 1)
-    x = (x * contrast.to(x.device) + brightness.to(x.device)).clamp(0, 255)
-    return as_inputs(x.permute(0, 1, 3, 4, 2), views)
+    The line is "decoding photos: 12 of 90, 1:03 left". In a file or pipe nothing is written.
+    """
+    start = time.monotonic()
+    last_update = start
+    on_terminal = sys.stderr.isatty()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if on_terminal and done and now - last_update > 0.2:  # seconds
+            seconds_left = (now - start) / done * (len(items) - done)
+            minutes, seconds = divmod(round(seconds_left), 60)
+            text = f"{title}: {done} of {len(items)}, {minutes}:{seconds:02} left"
+            print(CLEAR_LINE + text, end="", file=sys.stderr, flush=True)
+            last_update = now
+        yield item
+    if on_terminal:
+        print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
 
-def word(column, text):
-    """One thing known of a patient, the same in every release: "age from 40", "site lower extremity"."""
-    column = "site" if column in ("localization", "location", "anatom_site_general") else column.removesuffix("_approx")
-    text = same_text(text.replace("_", " "))
-    if column == "age" and text.replace(".", "", 1).isdecimal():
-        text = f"from {int(float(text)) // 20 * 20}"  # bands of 20 years (ours)
-    return f"{column} {text}"
 
-def make_vocabulary(release):
-    """The words of the training split, sorted. Number 0 is no word, number 1 begins the words of every lesion."""
-    rows = release.rows("train")
-    learned = {word(column, texts[n]) for column, texts in release.metadata.items() for n in rows if texts[n]}
-    return ["", "begin", *sorted(learned)]
+def run_main(main, *user_errors):
+    """Runs main(). What a user can mend ends in one sentence and exit code 2, Ctrl-C in 130."""
+    program = Path(sys.argv[0]).name
+    before = CLEAR_LINE if sys.stderr.isatty() else ""  # progress may have left its line
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        print(f"{before}{program}: {str(stop) or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, MemoryError, torch.OutOfMemoryError, *user_errors) as error:
+        name = "not enough memory" if isinstance(error, MemoryError) else type(error).__name__
+        print(f"{before}{program}: {str(error) or name}", file=sys.stderr)
+        sys.exit(2)
 
-def as_words(metadata, vocabulary, N):
-    """The numbers (N, m) int64 of each lesion's words: those that the vocabulary has, then zeros."""
-    words = np.zeros((N, 1 + len(metadata)), np.int64)
-    for n in range(N):
-        known = [word(column, texts[n]) for column, texts in metadata.items() if texts[n]]
-        numbers = [1, *(vocabulary.index(each) for each in known if each in vocabulary)]
-        words[n, :len(numbers)] = numbers
-    return words
 
-# --------------------------------------------------------------------------------------------------- the synthetic SPC
+# ----------------------------------------------------------------- What is in a release
 
-def synthesize(folder, cases=1011, height=256, seed=0):
-    """Draw a synthetic SPC in derm7pt's layout, with masks, into a folder that appears whole or not at all."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    for part in ("images", "meta"):
-        (temporary / part).mkdir(parents=True)
-    table = [["case_num", "clinic", "derm", *(column for column, _ in SPC.values()), "sex", "notes"]]
-    for n in range(cases):
-        rng = np.random.default_rng([seed, n])
-        signs = invent_signs(rng)
-        names = [f"clinic{n:04}.jpg", f"derm{n:04}.jpg", f"derm{n:04}_segmentation.png"]
-        for name, picture in zip(names, draw_lesion(signs, rng, height)):
-            Image.fromarray(picture).save(temporary / "images" / name, quality=92)
-        labels = [rng.choice(classes[signs[task]]) for task, (_, classes) in SPC.items()]  # one of the class's strings
-        table.append([10_000 * seed + n + 1, *names[:2], *labels, rng.choice(["female", "male"]), "synthetic"])
-    np.savetxt(temporary / "meta/meta.csv", table, "%s", ",")
-    ends = [round(cases * 413 / 1011), round(cases * 616 / 1011)]  # the published shares
-    for split, numbers in zip(SPLITS, np.split(np.arange(cases), ends)):
-        np.savetxt(temporary / f"meta/{split}_indexes.csv", numbers, "%d", header="indexes", comments="")
-    with suppress(OSError):  # a folder that is there stays: another run may have drawn it meanwhile
-        os.rename(temporary, folder)
-    shutil.rmtree(temporary, ignore_errors=True)
 
-def invent_signs(rng):
-    """A class for each task, irregular ones where the lesion is malignant; the seven-point rule makes a melanoma."""
-    malignant = rng.beta(0.6, 1.1)  # how malignant the lesion is, from 0 to 1
-    signs, points = {}, 0
-    for task in list(SPC)[1:]:
-        absent, *regular, irregular = SPC_TASKS[task]
-        signs[task] = rng.choice([absent, absent, *regular])
-        if rng.random() < 0.7 * malignant:
-            signs[task] = irregular
-            points += 2 if task in ("PN", "BWV", "VS") else 1  # major and minor criteria
-    mole = "MEL" if points >= 3 else "NEV"
-    return signs | {"DIAG": rng.choice([mole, "MISC", "SK", "BCC"], p=[0.82, 0.1, 0.04, 0.04])}
+def print_masks(catalogue):
+    """How many lesions name a mask, or which masks are missing."""
+    lesions = [lesion for lesion in catalogue.lesions if lesion.pictures.get("mask")]
+    text = "none"
+    if "mask" in catalogue.views and lesions:
+        text = f"{len(lesions)} lesions"
+        try:
+            find_pictures(lesions, ("mask",), catalogue.folder)
+        except DataError as error:
+            first_lines = str(error).splitlines()[:2]
+            text = " ".join(first_lines)
+    print(f"masks: {text}")
 
-def draw_lesion(signs, rng, height):
-    """Clinical and dermoscopy photo, both (H, W, 3), and the mask (H, W) of the lesion in the second, all uint8."""
-    H, W = height, height * 3 // 2  # y, x and all lengths are in units of H, places are from the centre
-    y, x = np.meshgrid(np.linspace(-0.5, 0.5, H), np.linspace(-0.75, 0.75, W), indexing="ij")
-    body = {"NEV": (168, 112, 78), "MEL": (168, 112, 78), "BCC": (222, 150, 150), "SK": (140, 118, 96),
-            "MISC": (190, 120, 105)}  # colours of the diagnoses
-    marks = {"PIG": (100, 62, 40), "RS": (240, 228, 224), "BWV": (100, 120, 165), "PN": (75, 45, 28),
-             "STR": (55, 33, 25), "DaG": (45, 28, 24), "VS": (200, 30, 50)}  # and of the criteria
-    patterns = {"PN": lambda x, y: np.maximum(np.cos(100 * x), np.cos(100 * y)) > 0.6,  # a mesh
-                "STR": lambda x, y: np.cos(16 * np.arctan2(y, x)) > 0.4,  # rays
-                "DaG": lambda x, y: np.cos(70 * x) + np.cos(70 * y) > 1.2,  # dots
-                "VS": lambda x, y: np.abs(np.sin(30 * x + 2 * np.cos(35 * y))) < 0.2}  # winding lines
-    radius = rng.uniform(0.32, 0.4) + 0.03 * np.cos(rng.integers(2, 6) * np.arctan2(y, x) + rng.uniform(0, 6))
-    depth = radius - np.hypot(y, x)  # to the wavy outline; > 0 inside
-    lesion = np.clip(depth / 0.03, 0, 1)  # the mask with a soft edge
-    image = np.full((H, W, 3), (232, 190, 170)) * rng.uniform(0.9, 1.04)  # skin
-    image += lesion[..., None] * (body[signs["DIAG"]] - image)
-    for task, colour in marks.items():  # patches, then patterns, over one another
-        if signs[task] != "absent":
-            place, scale, strength = (0, 0), 1, 0.7
-            if signs[task] in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, stronger
-                place, scale, strength = rng.choice([-0.15, 0.15], 2), 1.5, 0.95
-            blob = np.exp(-((y - place[0]) ** 2 + (x - place[1]) ** 2) / (0.15 * scale) ** 2)
-            if task in patterns:  # the blob grows to twice the scale
-                blob = blob ** 0.25 * patterns[task](x / scale, y / scale)
-            image += (strength * lesion * blob)[..., None] * (colour - image)
-    dermoscopy = image.clip(0, 255).astype(np.uint8)
 
-    # The clinical photo: the same lesion at half the size, anywhere, blurred, in uneven light, with grain.
-    top, left = rng.integers(H), rng.integers(W)
-    wide = np.pad(dermoscopy, ((top, H - top), (left, W - left), (0, 0)), "edge")
-    blurred = np.asarray(Image.fromarray(wide).resize((W, H)).filter(ImageFilter.GaussianBlur(0.015 * H)))
-    light = rng.uniform(0.85, 1.05) + rng.uniform(-0.15, 0.15) * x[..., None]
-    clinical = blurred * light + rng.normal(0, 5, image.shape)
-    return clinical.clip(0, 255).astype(np.uint8), dermoscopy, np.uint8(255 * (depth > 0))
+def print_summary(release):
+    """How a release was understood, and how many lesions of each class each split has."""
+    photos = [view for view in release.views if view != "mask"]
+    print(f"{release.kind}, {len(release.cases)} lesions with {' and '.join(photos)}")
+    for note in release.notes:
+        print(note)
+    columns = {"split": release.split.tolist()}
+    columns.update({"lesion_id": release.lesion_ids, "patient": release.patients})
+    columns.update(release.metadata)
+    for column, texts in columns.items():
+        counts = Counter(texts)
+        unknown = counts.pop("", 0)
+        common = [f"{text} {count}" for text, count in counts.most_common(4)]
+        shown = ", ".join(common) or "none"
+        print(f"{column}: {len(counts)} different ({shown}), {unknown} lesions without")
+    words = release.vocabulary[len(SPECIAL_WORDS) :]
+    print(f"words of the training split: {', '.join(words) or 'none'}")
+    if not release.tasks:
+        print("no labels")
+    print(f"{'task':12} {'class':16}   train   valid    test")
+    for t, (task, classes) in enumerate(release.tasks.items()):
+        for number, name in enumerate(classes):
+            split = release.split[(release.labels[:, t] == number).numpy()]
+            counts = "".join(f"{(split == split_name).sum():8}" for split_name in SPLITS)
+            print(f"{task:12} {name:16}{counts}")
+
+
+def contact_sheet(release):
+    """A strip for each class (without classes: one): four lesions, all their pictures in a row."""
+    rows_of_strips = []
+    for t, classes in enumerate(release.tasks.values()):
+        for number in range(len(classes)):
+            rows_of_strips.append(torch.nonzero(release.labels[:, t] == number)[:4, 0])
+    if not release.tasks:
+        rows_of_strips.append(torch.arange(len(release.cases))[:4])
+    _, V, S, _, _ = release.pixels.shape
+    strips = []
+    for rows in rows_of_strips:
+        pictures = np.full((4, V, S, S, 3), 255, np.uint8)
+        pictures[: len(rows)] = release.pixels[rows]
+        side_by_side = pictures.transpose(2, 0, 1, 3, 4)  # (S, 4, V, S, 3)
+        strips.append(side_by_side.reshape(S, 4 * V * S, 3))
+    return Image.fromarray(np.concatenate(strips))
+
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="What is in a release of photos.")
-    parser.add_argument("path", help="folder of a release, its table, or the CSV file of your own pairs")
-    args = parser.parse_args(argv)
-    release = read(args.path)
-    print(f"{args.path}: {release.kind}, {len(release.cases)} lesions with {' and '.join(release.views)}",
-          *release.notes, sep="\n")
-    print(f"{'task':12} {'class':16}   train   valid    test")
-    strips = []  # four lesions of each class, all their pictures side by side
-    for t, (task, classes) in enumerate(release.tasks.items()):
-        for k, name in enumerate(classes):
-            lesions = np.flatnonzero(release.labels[:, t] == k)
-            counts = [(release.split[lesions] == split).sum() for split in SPLITS]
-            print(f"{task:12} {name:16}" + "".join(f"{count:8}" for count in counts))
-            strip = np.full_like(release.pixels[:4], 255)  # (4, V, S, S, 3)
-            strip[:len(lesions)] = release.pixels[lesions[:4]]
-            strips.append(np.hstack(strip.reshape(-1, *strip.shape[2:])))
-    path = f"runs/{Path(args.path).resolve().stem}-contact-sheet.png"
-    Image.fromarray(np.vstack(strips)).save(path)
-    print(f"lesions of each class, a row for each line above: {path}")
+    parser = argparse.ArgumentParser(description="Prints what is in a release of photos.")
+    parser.add_argument("path", help="folder of a release, its table, or your own CSV file")
+    path = Path(parser.parse_args(argv).path).expanduser().resolve()
+    catalogue = read_tables(path)
+    only_masks = "mask" in catalogue.views and not catalogue.has_labels()
+    release = read(path, to_train=catalogue.has_labels() or only_masks, masks=only_masks)
+    print_summary(release)
+    print_masks(catalogue)
+    sheet = f"runs/{path.stem}-contact-sheet.png"
+    with atomic_write(sheet) as temporary:
+        contact_sheet(release).save(temporary, format="PNG")
+    print(f"contact sheet, a strip for each line above: {sheet}")
+
 
 if __name__ == "__main__":
-    speak(main, DataError)
+    run_main(main, DataError)

@@ -1,26 +1,48 @@
-"""Evaluate: a run's predictions become the paper's tables, honest statistics, and an answer for one lesion.
+"""Evaluate: a run's predictions become one answer, the paper's tables, and statistics.
 
-    python evaluate.py RUN                    the tables of a run, from the files in its folder, which it writes anew
-    python evaluate.py RUN --data NEW         another release, without what the run has trained or validated on
-    python evaluate.py RUN RUN ...            mean and standard deviation; other flags than the seed side by side
-    python evaluate.py RUN ... --against OTHER ...    is the difference of their means more than chance?
-    python evaluate.py RUN --compare-paper    the figures of the PEMM paper beside ours
-    python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg        one lesion; one photo will do
+    python evaluate.py RUN                      the tables of a finished run
+    python evaluate.py RUN RUN ...              mean and standard deviation of several runs
+    python evaluate.py RUN ... --against OTHER ...    is the difference more than chance?
+    python evaluate.py RUN --data NEW           another release, but for what the run has seen
+    python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg    one lesion; one photo will do
 
-predictions.csv has every probability: a row a lesion, a column a branch and class. "equal" is the mean of the branches'
-logits, "weighted" their mean with weights found on validation: the answer; "calibrated" is it over a temperature.
-Shapes: N lesions, T tasks, n_t classes of task t, K classes of all tasks together, R resamples.
+A network has branches, each with logits of its own (PEMM: clinical, dermoscopy, fusion). Late
+fusion makes three more predictors of them:
+
+    equal       softmax(mean of the branches' logits)
+    weighted    softmax(weighted mean of the branches' logits)
+    calibrated  softmax(weighted mean of the branches' logits / temperature)
+
+The validation split chooses weights and temperature. The tables call weighted the answer, as the
+paper has no temperature. One lesion and MILK10k's benchmark get calibrated: the same likeliest
+classes, with more honest probabilities. A network with one branch has nothing to fuse: the tables
+call this branch the answer, and only calibrated is added.
+
+The method comes first, up to "The method ends here": predicting, late fusion, the metrics of the
+paper's tables. Each section after it can be skipped: statistics, a run's files, results, tables,
+MILK10k's benchmark, another release, one lesion, CLNet's maps, the picture, the answer, flags.
+
+Words: a predictor is a branch or one of the three above. `branches` is always a dict from branch to
+its probabilities (N, K). A finding is a class that Table 1 has a column of, such as DIAG/MEL.
+
+Shapes: N lesions, L of them with a known label of the task at hand, T tasks, n_t classes of task t,
+K = n_1 + ... + n_T classes of all tasks, B lesions of a batch, S the side of a photo in pixels; in
+the statistics M runs of a group, R resamples. `p` is a Predictions, k the number of a class.
 """
+
 import argparse
 import csv
-import io
+import itertools
 import json
-from collections import defaultdict, namedtuple
+import math
+import textwrap
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from sklearn import metrics
 from torchvision.transforms.functional import gaussian_blur
@@ -30,490 +52,1420 @@ import model
 from loss import branch_loss
 from model import RunError
 
-STEPS = 20  # branch weights are multiples of 1/20 (ours: 203 validation cases cannot tell finer)
-RESAMPLES = 1000  # of the bootstrap (ours)
-MEANS = {"mean_auc": "AUC", "mean_accuracy": "accuracy", "mean_macro_f1": "macro F1", "mean_ap": "AP", "lrap": "LRAP",
-         "jaccard": "Jaccard", "dice": "Dice"}  # names in results.json -> in our tables
-# The paper's PEMM, %: Tables 1 and 2, means last. These are its best runs; the mean of five is 87.1 and 76.8 (Table 5).
-PAPER = {
-    "auc": [94.7, 93.0, 90.8, 94.9, 91.7, 86.7, 83.8, 90.1, 84.4, 79.4, 86.1, 84.9, 80.7, 84.0, 93.9, 88.5, 85.4, 87.6],
-    "accuracy": [77.7, 73.7, 76.0, 71.9, 83.0, 65.6, 88.9, 82.5, 77.4]}
-# Table 4, corrected: class -> test positives, true and false positives. As printed no confusion matrix fits; all eight
-# do if PRE and SEN change places and SPE is the negative predictive value. So its mean "SEN", 64.1, is a precision.
-PAPER_TABLE_4 = {"DIAG/MEL": (101, 66, 24), "PN/ATP": (93, 53, 32), "STR/IR": (94, 49, 36), "PIG/IR": (124, 80, 37),
-                 "RS/PRS": (106, 56, 17), "DaG/IR": (177, 138, 56), "BWV/PRS": (75, 55, 24), "VS/IR": (30, 5, 10)}
+BATCH_SIZE = 48  # lesions predicted at once; changes speed and memory, not the predictions
+STEPS = 20  # weights are multiples of 1/20; not in the paper: SPC's 203 lesions tell no finer
+TEMPERATURES = np.geomspace(0.1, 10, 101)  # to choose from, in steps of 4.7%; not in the paper
 
-# N lesions. tasks: task -> classes; split: "valid" or "test"; labels (N, T), -1 unknown; metadata: column -> N texts;
-# branches: branch -> probabilities (N, K), tasks side by side; overlaps of the masks: "jaccard", "dice" -> (N,).
-Predictions = namedtuple("Predictions", "tasks cases split labels metadata branches overlaps")
 
-def answer_of(branches):
-    """The last branch answers: "weighted", or the only one."""
-    return list(branches.values())[-1]
+@dataclass
+class Predictions:
+    """What a network says of N lesions, and what is known of them."""
+
+    tasks: dict  # task -> its class names
+    cases: np.ndarray  # (N,) names of the lesions
+    split: np.ndarray  # (N,) "valid" or "test"
+    labels: np.ndarray  # (N, T) int64, the number of the true class; -1 unknown
+    metadata: dict  # column of the release's table, such as "sex" -> (N,) texts
+    branches: dict  # branch -> (N, K) probabilities, the tasks side by side
+    overlaps: dict  # for CLNet; skip. "jaccard", "dice" of its masks -> (N,); else empty
+    fingerprint: str  # of the release, to tell it from others
+
+
+# ------------------------------------------------------------------------------------ predicting
+
 
 @torch.inference_mode()
-def predict(network, pixels, views, words, device, amp):
-    """The branches and overlaps of Predictions, for pixels (N, V, S, S, 3) and words (N, m)."""
-    network.eval()
-    branches, overlaps = defaultdict(list), defaultdict(list)
-    for n in range(0, len(pixels), 48):
-        inputs = data.as_inputs(torch.as_tensor(pixels[n:n + 48]).to(device), views)
-        inputs["words"] = torch.as_tensor(words[n:n + 48]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            outputs = network(*(inputs[name] for name in network.reads))
-        if "mask" in outputs and "mask" in inputs:
-            found, given = (outputs["mask"] > 0).flatten(1), (inputs["mask"] > 0).flatten(1)
-            both, either = (found & given).sum(1), (found | given).sum(1)
-            overlaps["jaccard"].append(torch.where(either > 0, both / either, 1.0))  # nothing, and nothing found: 1
-            overlaps["dice"].append(torch.where(either > 0, 2 * both / (both + either), 1.0))
-        outputs.pop("mask", None)
-        for branch, logits in outputs.items():
-            probabilities = [z.float().cpu().double().softmax(1) for z in logits]  # on the CPU: mps has no float64
-            branches[branch].append(torch.cat(probabilities, 1))
-    branches = {branch: torch.cat(parts).numpy() for branch, parts in branches.items()}
-    return branches, {name: torch.cat(parts).cpu().double().numpy() for name, parts in overlaps.items()}
+def predict(network, release, rows, device, amp):
+    """The network's probabilities for N lesions of a release.
 
-def by_task(values, tasks):
-    """(N, K) -> an array (N, n_t) for each task."""
-    ends = np.cumsum([len(classes) for classes in tasks.values()])
+    release  a data.Release
+    rows     numbers of the lesions in it, a tensor (N,)
+    amp      whether the network calculates in bfloat16
+
+    Returns two dicts: branch -> (N, K) float64 probabilities, and overlap -> (N,). The latter is
+    empty unless the network finds masks and the release has true ones. The network is left in
+    evaluation mode.
+    """
+    network.eval()
+    probabilities = defaultdict(list)  # branch -> an array (B, K) for each batch
+    fits = defaultdict(list)  # overlap -> an array (B,) for each batch; for CLNet; skip
+    rows_of_batches = rows.split(BATCH_SIZE)  # a tensor's split: the first 48, the next 48, ...
+    for batch_rows in data.progress(rows_of_batches, "predicting"):
+        batch = data.make_batch(release, batch_rows, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            outputs = network(batch)  # branch -> T logits (B, n_t)
+        mask_logits = outputs.pop("mask", None)  # of CLNet; only branches are left in `outputs`
+        if mask_logits is not None and "mask" in batch:  # for CLNet; skip
+            for overlap, values in mask_overlaps(mask_logits, batch["mask"]).items():
+                fits[overlap].append(values)
+        for branch, logits in outputs.items():
+            parts = []
+            for task_logits in logits:
+                precise = task_logits.float().cpu().double()  # Apple's mps has no float64
+                parts.append(precise.softmax(dim=1))  # (B, n_t)
+            probabilities[branch].append(torch.cat(parts, dim=1).numpy())
+    branches = {branch: np.concatenate(arrays) for branch, arrays in probabilities.items()}
+    overlaps = {overlap: np.concatenate(arrays) for overlap, arrays in fits.items()}
+    return branches, overlaps
+
+
+# ------------------------------------------------------------------------------ late fusion
+
+
+def softmax_of_mean(logits, weights, temperature):
+    """For each task softmax(weighted mean of the branches' logits / temperature).
+
+    logits   branch -> T tensors (N, n_t)
+    weights  branch -> its weight; their sum is 1. Branches without a weight are left out
+
+    Returns T tensors (N, n_t) of probabilities, through which gradients flow.
+    """
+    a_branch = list(weights)[0]
+    probabilities = []
+    for t in range(len(logits[a_branch])):
+        mean = 0
+        for branch, weight in weights.items():
+            mean = mean + weight * logits[branch][t]
+        probabilities.append(torch.softmax(mean / temperature, dim=1))
+    return probabilities
+
+
+def split_by_task(values, tasks):
+    """An array (N, K) becomes T arrays (N, n_t)."""
+    num_classes = [len(classes) for classes in tasks.values()]
+    ends = np.cumsum(num_classes)
     return np.split(values, ends[:-1], axis=1)
 
+
+def to_logits(probabilities, tasks):
+    """Logits that give these probabilities: (N, K) -> T tensors (N, n_t).
+
+    A network's own logits z are forgotten, but log(softmax(z)) = z - log(sum(exp(z))) serves as
+    well. It is z minus the same number for all classes of a task, which every softmax ignores.
+    """
+    logarithms = np.log(np.maximum(probabilities, 1e-300))  # there is no logarithm of 0
+    return [torch.from_numpy(part) for part in split_by_task(logarithms, tasks)]
+
+
 def fuse(branches, weights, tasks, temperature=1.0):
-    """Probabilities (N, K) of the weighted mean logits over the temperature. log p serves: softmax drops constants."""
-    logits = sum(weights[branch] * np.log(np.maximum(values, 1e-300)) for branch, values in branches.items())
-    scaled = by_task(logits / temperature, tasks)
-    return torch.cat([torch.from_numpy(z).softmax(1) for z in scaled], 1).numpy()
+    """Late fusion of probabilities: branch -> (N, K) becomes (N, K). weights: branch -> weight."""
+    logits = {branch: to_logits(branches[branch], tasks) for branch in weights}
+    fused = softmax_of_mean(logits, weights, temperature)
+    return torch.cat(fused, dim=1).numpy()
 
-def hits(probabilities, labels, tasks):
-    """(N, T): is the likeliest class the true one? Masked where the label is unknown, so that means leave it out."""
-    likeliest = np.stack([part.argmax(1) for part in by_task(probabilities, tasks)], 1)
-    return np.ma.masked_array(likeliest == labels, labels < 0)
 
-def search_weights(branches, labels, tasks, rule="near"):
-    """Weights of three branches, the same for all tasks (paper, Sec. 4.1); of any other number, equal ones. "maximum":
-    the most accurate triple. "near", ours: of all within a standard error of that, the most equal, as in a tie."""
-    if len(branches) != 3:
-        return dict.fromkeys(branches, 1 / len(branches))
-    triples = np.array([(c, d, STEPS - c - d) for c in range(STEPS + 1) for d in range(STEPS + 1 - c)]) / STEPS
-    found = [hits(fuse(branches, dict(zip(branches, triple)), tasks), labels, tasks) for triple in triples]
-    accuracy = np.array([hit.mean(0).mean() for hit in found]).round(9)  # rounded: ties are ties
-    distance = ((triples - 1 / 3) ** 2).sum(1).round(9)
-    best = np.where(accuracy == accuracy.max(), distance, np.inf).argmin()
-    if rule == "near":
-        error = found[best].mean(1).std() / len(labels) ** 0.5
-        best = np.where(accuracy >= accuracy.max() - error, distance, np.inf).argmin()
-    return dict(zip(branches, triples[best].tolist()))
+def is_correct(probabilities, labels, tasks):
+    """Is the likeliest class the true one? Probabilities (N, K) and labels (N, T) -> (N, T) bool.
 
-def decide(p, rule="near"):
-    """From the validation split alone: the weights, and the temperature of lowest cross-entropy (Guo et al. 2017)."""
+    Entries without a known label are masked. (That is numpy's word and nothing to do with CLNet's
+    masks of lesions.) The mean() of a masked array is the mean of what is not masked.
+    """
+    likeliest = [part.argmax(axis=1) for part in split_by_task(probabilities, tasks)]  # T of (N,)
+    correct = np.stack(likeliest, axis=1) == labels
+    return np.ma.masked_array(correct, mask=labels < 0)
+
+
+def to_weights(branches, steps):
+    """Steps of 1/20, such as (7, 7, 6), as a dict from branch to weight."""
+    return {branch: step / STEPS for branch, step in zip(branches, steps)}
+
+
+def unevenness(steps):
+    """How far weights are from equal ones: (7, 7, 6) has 134, (20, 0, 0) has 400."""
+    return sum(step**2 for step in steps)
+
+
+def search_weights(branches, labels, tasks):
+    """The weights of the branches, the same for all tasks, from the N validation lesions.
+
+    The paper (Sec. 4.1, after Tang et al. 2022) takes the most accurate ones. Many others are less
+    accurate by no more than chance, so the answer takes the most even ones of all that are within
+    one standard error of the best. Not in the paper: averages of several branches vary less. On
+    test lesions the AUC rose by 0.2 points in the demo and by 0.1 on MILK10k. The accuracy may
+    fall: the standard error is of one accuracy, and that of the difference between two of them on
+    the same lesions is smaller.
+
+    Returns two choices, branch -> weight: the answer's and the paper's. Without any known label
+    both are equal weights.
+    """
+    if not (labels >= 0).any():
+        equal = dict.fromkeys(branches, 1 / len(branches))
+        return equal, equal
+    accuracies = {}  # steps -> mean accuracy; three branches have 231 choices
+    for steps in itertools.product(range(STEPS + 1), repeat=len(branches)):
+        if sum(steps) == STEPS:
+            fused = fuse(branches, to_weights(branches, steps), tasks)
+            correct = is_correct(fused, labels, tasks)
+            accuracy = correct.mean(axis=0).mean()  # over lesions, then over tasks
+            accuracies[steps] = round(float(accuracy), 9)  # so that ties are ties
+    highest = max(accuracies.values())
+    tied = [steps for steps in accuracies if accuracies[steps] == highest]
+    best = min(tied, key=unevenness)  # the paper has no rule for ties
+
+    fused = fuse(branches, to_weights(branches, best), tasks)
+    # The mean of the lesions' shares of right tasks is the mean accuracy; nearly, if labels are
+    # unknown. So the spread of these shares gives its standard error.
+    share = is_correct(fused, labels, tasks).mean(axis=1)  # (N,)
+    standard_error = share.std() / math.sqrt(share.count())  # count: of lesions with any label
+    near = [steps for steps in accuracies if accuracies[steps] >= highest - standard_error]
+    chosen = min(near, key=unevenness)  # of equally even ones the first, in both searches
+    return to_weights(branches, chosen), to_weights(branches, best)
+
+
+def fit_temperature(probabilities, labels, tasks):
+    """The temperature with the lowest cross-entropy on the validation lesions (Guo et al. 2017).
+
+    A network that is too sure of itself gets one above 1. Without any known label it is 1.
+    """
+    if not (labels >= 0).any():
+        return 1.0
+    labels = torch.from_numpy(labels)
+    logits = to_logits(probabilities, tasks)
+    costs = []
+    for temperature in TEMPERATURES:
+        scaled = [task_logits / temperature for task_logits in logits]
+        costs.append(branch_loss(scaled, labels).item())  # unknown labels cost nothing
+    return float(TEMPERATURES[np.argmin(costs)])
+
+
+@dataclass
+class LateFusion:
+    """How the branches become one answer: chosen on the validation split alone."""
+
+    answer: str  # the predictor that the tables call so: "weighted", or the only branch
+    weights: dict  # branch -> its weight in the answer
+    temperature: float  # of calibrated
+    paper_weights: dict  # branch -> its weight by the paper's choice, for a line of the tables
+
+
+def fit_late_fusion(p):
+    """The LateFusion for a run's Predictions p. A run that predicts masks alone fuses nothing."""
     if not p.branches:
-        return {"rule": rule, "weights": {}, "temperature": 1.0}
-    valid = p.split == "valid"
-    branches, labels = {branch: values[valid] for branch, values in p.branches.items()}, p.labels[valid]
-    weights = search_weights(branches, labels, p.tasks, rule)
-    logits = [torch.from_numpy(part).log() for part in by_task(fuse(branches, weights, p.tasks), p.tasks)]
-    def cross_entropy(temperature):
-        return branch_loss([z / temperature for z in logits], torch.from_numpy(labels)).item()
-    temperature = float(min(np.geomspace(0.1, 10, 101), key=cross_entropy))  # in steps of 5% (ours)
-    return {"rule": rule, "weights": weights, "temperature": temperature}
+        return LateFusion(answer="", weights={}, temperature=1.0, paper_weights={})
+    answer = "weighted" if len(p.branches) > 1 else list(p.branches)[0]
+    is_valid = p.split == "valid"
+    labels = p.labels[is_valid]
+    branches = {branch: probabilities[is_valid] for branch, probabilities in p.branches.items()}
+    weights, paper_weights = search_weights(branches, labels, p.tasks)
+    fused = fuse(branches, weights, p.tasks)
+    temperature = fit_temperature(fused, labels, p.tasks)
+    return LateFusion(answer, weights, temperature, paper_weights)
 
-# ----------------------------------------------------------------------------------------------- metrics and statistics
 
-def each_task(probabilities, labels, tasks):
-    """For each task with labels: its name; `known`, (N,) bool; the known lesions' probabilities (n, n_t) and classes
-    (n,); class number -> "task/class" for Table 1, without "absent", the first of two, and what none or all have."""
-    for t, (task, classes) in enumerate(tasks.items()):
-        known = labels[:, t] >= 0
-        truth = labels[known, t]
-        positives = [k for k, name in enumerate(classes) if name != "absent" and (k > 0 or len(classes) > 2)]
-        columns = {k: f"{task}/{classes[k]}" for k in positives if 0 < (truth == k).sum() < len(truth)}
-        if known.any():
-            yield task, known, by_task(probabilities, tasks)[t][known], truth, columns
+# --------------------------------------------------------------- the metrics of the paper's tables
+
+
+def is_finding(k, classes):
+    """Does class number k have a column in Table 1, where it is told from all other classes?
+
+    "absent" has none, and of two classes only the second has one. That loses no AUC, as the first
+    would have the same; but precision, sensitivity and average precision are then the second's
+    alone. The order of the classes is data.py's: as published, in an own CSV file sorted, "absent"
+    first. So the 24 classes of SPC's eight tasks give 17 findings: all 5 of DIAG, 2 of 3 of PN,
+    STR, PIG, DaG and VS, 1 of 2 of RS and BWV. Their plain mean is the paper's AVG AUC.
+    """
+    if len(classes) == 2:
+        return k == 1
+    return classes[k] != "absent"
+
+
+@dataclass
+class LabelledTask:
+    """One task, and those L of N lesions whose label of it is known."""
+
+    name: str
+    is_labelled: np.ndarray  # (N,) bool: which lesions these are
+    labels: np.ndarray  # (L,) their true classes
+    probabilities: np.ndarray  # (L, n_t)
+    predicted: np.ndarray  # (L,) their likeliest classes
+    findings: dict  # number of a class -> its finding, such as "DIAG/MEL"
+
+
+def labelled_tasks(probabilities, labels, tasks):
+    """(N, K) and (N, T) -> a list of LabelledTasks. A task without any known label is left out."""
+    labelled = []
+    parts = split_by_task(probabilities, tasks)
+    for t, (name, classes) in enumerate(tasks.items()):
+        is_labelled = labels[:, t] >= 0
+        if not is_labelled.any():
+            continue
+        truth = labels[is_labelled, t]
+        part = parts[t][is_labelled]
+        findings = {}
+        for k, class_name in enumerate(classes):
+            number = np.sum(truth == k)
+            if is_finding(k, classes) and 0 < number < len(truth):  # AUC compares some with others
+                findings[k] = f"{name}/{class_name}"
+        predicted = part.argmax(axis=1)
+        labelled.append(LabelledTask(name, is_labelled, truth, part, predicted, findings))
+    return labelled
+
 
 def measure(probabilities, labels, tasks):
-    """Metrics: name -> {column: value}, and "mean_name" -> the mean over its columns."""
-    found = defaultdict(dict)
-    for task, _, scores, truth, columns in each_task(probabilities, labels, tasks):
-        predicted = scores.argmax(1)
-        found["accuracy"][task] = metrics.accuracy_score(truth, predicted)
-        found["macro_f1"][task] = metrics.f1_score(truth, predicted, average="macro")
-        for k, column in columns.items():
-            positive, called = truth == k, predicted == k
-            found["auc"][column] = metrics.roc_auc_score(positive, scores[:, k])
-            if len(tasks) == 1:  # as in Table 9
-                found["ap"][column] = metrics.average_precision_score(positive, scores[:, k])
-            found["precision"][column] = positive[called].sum() / max(called.sum(), 1)
-            found["sensitivity"][column] = called[positive].mean()
-            found["specificity"][column] = (~called)[~positive].mean()
-    means = {f"mean_{name}": float(np.mean(list(each.values()))) for name, each in found.items()}
-    if len(tasks) == 1 and means:  # MAT's Table 1; scores and truth are still the only task's
-        means["lrap"] = float(metrics.label_ranking_average_precision_score(np.eye(scores.shape[1])[truth], scores))
-    return dict(found) | means
+    """All metrics of one predictor: probabilities (N, K), labels (N, T).
 
-def resamples(labels):
-    """How often each lesion counts, (1 + R, N). Row 0: once. Others: drawn with replacement, the same for every run, so
-    that runs pair up. A single task is drawn class by class: a resample without a class would bias the mean."""
-    rng, counts = np.random.default_rng(0), np.ones((1 + RESAMPLES, len(labels)))
-    strata = labels[:, 0] if labels.shape[1] == 1 else np.zeros(len(labels))
+    Returns, for example,
+        {"accuracy": {"DIAG": 0.7, "PN": 0.6}, "mean_accuracy": 0.65,
+         "auc": {"DIAG/MEL": 0.9, "DIAG/NEV": 0.8, "PN/ATP": 0.7}, "mean_auc": 0.8, ...}
+
+    accuracy, macro_f1                           of each task (Table 2)
+    auc, precision, sensitivity, specificity     of each finding (Tables 1 and 4)
+    ap, for a single task                        average precision of each finding (Table 9)
+    lrap, for a single task                      one number, label ranking average precision: the
+                                                 mean of 1 / rank of the true class (MAT's Table 1)
+    What cannot be measured for lack of labels is left out.
+    """
+    is_single = len(tasks) == 1
+    values = defaultdict(dict)  # metric -> {task or finding: value}
+    measured = {}
+    for task in labelled_tasks(probabilities, labels, tasks):
+        macro_f1 = metrics.f1_score(task.labels, task.predicted, average="macro")
+        values["macro_f1"][task.name] = macro_f1
+        values["accuracy"][task.name] = metrics.accuracy_score(task.labels, task.predicted)
+        if is_single:
+            one_hot = np.eye(task.probabilities.shape[1])[task.labels]
+            lrap = metrics.label_ranking_average_precision_score(one_hot, task.probabilities)
+            measured["lrap"] = float(lrap)
+        for k, finding in task.findings.items():
+            is_class = task.labels == k
+            is_predicted = task.predicted == k
+            scores = task.probabilities[:, k]
+            true_positives = np.sum(is_predicted & is_class)
+            true_negatives = np.sum(~is_predicted & ~is_class)
+            values["auc"][finding] = metrics.roc_auc_score(is_class, scores)
+            values["precision"][finding] = true_positives / max(np.sum(is_predicted), 1)
+            values["sensitivity"][finding] = true_positives / np.sum(is_class)
+            values["specificity"][finding] = true_negatives / np.sum(~is_class)
+            if is_single:
+                values["ap"][finding] = metrics.average_precision_score(is_class, scores)
+    for metric, value_of in values.items():
+        measured[metric] = {name: float(value) for name, value in value_of.items()}
+        measured[f"mean_{metric}"] = float(np.mean(list(value_of.values())))
+    return measured
+
+
+# The method ends here.
+
+# ------------------------------------------------------------------------------------- statistics
+#
+# How far does chance move a metric? The bootstrap draws N of the N test lesions with replacement, R
+# times over, and measures each of these resamples. No lesion is copied: one that is drawn twice
+# counts twice. Where a resample gives 0 / 0, because it lacks all lesions that a metric needs,
+# np.ma.divide masks the entry, and means over findings leave it out.
+
+RESAMPLES = 1000  # R (not in the paper, which has no intervals)
+BINS = 15  # of the calibration error (Guo et al. 2017)
+
+
+def resample_lesions(labels):
+    """How often each lesion is drawn in each of R resamples: counts (R, N).
+
+    By hand: of three lesions the first twice, the second never: 2, 0, 1.
+
+    With a single task, labels (N, 1), each class is drawn by itself, so that no resample lacks one;
+    lesions of unknown class, -1, are then drawn by themselves as well. The draws depend on the
+    labels alone, so all runs with the same test lesions get the same.
+    """
+    rng = np.random.default_rng(0)
+    strata = np.zeros(len(labels))
+    if labels.shape[1] == 1:
+        strata = labels[:, 0]
+    counts = np.zeros((RESAMPLES, len(labels)))
     for stratum in np.unique(strata):
         rows = np.flatnonzero(strata == stratum)
-        counts[1:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), RESAMPLES)
+        chances = np.full(len(rows), 1 / len(rows))
+        # multinomial says how often each of the rows comes up in as many draws as there are rows
+        counts[:, rows] = rng.multinomial(len(rows), chances, RESAMPLES)
     return counts
 
-def resampled_auc(scores, positive, counts):
-    """AUC in each resample: the share of pairs in which the positive has the higher score, ties counting half."""
-    wins = np.heaviside(scores[positive][:, None] - scores[~positive], 0.5)
-    of_positives, of_negatives = counts[:, positive], counts[:, ~positive]
-    won = ((of_positives @ wins) * of_negatives).sum(1)
-    return np.ma.divide(won, of_positives.sum(1) * of_negatives.sum(1))  # masked where there is no pair
+
+def resampled_macro_f1(labels, predicted, counts):
+    """The macro F1 in each resample, (R,): the mean of F1 over the classes.
+
+    The F1 of a class is 2 TP / (lesions of it + lesions predicted as it); TP counts those that are
+    both. By hand: labels a a b, predicted a b b, drawn 2, 0 and 1 times: 2*2 / (2 + 2) for a and
+    2*1 / (1 + 1) for b. A class that a resample has on neither side is left out of its mean.
+    """
+    f1_of_classes = []
+    for k in np.union1d(labels, predicted):
+        is_class = labels == k
+        is_predicted = predicted == k
+        true_positives = counts @ (is_class & is_predicted)
+        total = counts @ is_class + counts @ is_predicted
+        f1_of_classes.append(np.ma.divide(2 * true_positives, total))
+    return np.ma.stack(f1_of_classes).mean(axis=0)
+
+
+def resampled_auc(scores, is_class, counts):
+    """The AUC in each resample, (R,); masked where it lacks lesions of the class, or all others.
+
+    The AUC is the share of pairs, a lesion of the class and another one, in which the former has
+    the higher score; a tie counts half. A pair counts as often as one is drawn times the other.
+    By hand: of the class 0.9 and 0.4, another 0.6: one of two pairs is won, so 1/2. Drawn 2, 1 and
+    1 times: (2*1 + 0) / (2*1 + 1*1) = 2/3.
+    """
+    margins = scores[is_class][:, None] - scores[~is_class]  # (lesions of the class, others)
+    wins = np.heaviside(margins, 0.5)  # 1 above 0, 0.5 at 0, 0 below
+    of_class = counts[:, is_class]
+    others = counts[:, ~is_class]
+    pairs_won = np.sum((of_class @ wins) * others, axis=1)
+    pairs = of_class.sum(axis=1) * others.sum(axis=1)
+    return np.ma.divide(pairs_won, pairs)
+
 
 def bootstrap(probabilities, labels, tasks):
-    """The terms of mean_auc and mean_accuracy, (columns, 1 + R): a row a column, masked where it lacks the class."""
-    found, counts = defaultdict(list), resamples(labels)
-    for _, known, scores, truth, columns in each_task(probabilities, labels, tasks):
-        count = counts[:, known]
-        found["mean_accuracy"].append(np.ma.divide(count @ (scores.argmax(1) == truth), count.sum(1)))
-        for k in columns:
-            found["mean_auc"].append(resampled_auc(scores[:, k], truth == k, count))
-    return {name: np.ma.stack(values) for name, values in found.items()}
+    """accuracy and macro_f1 of each task and auc of each finding, in each resample.
+
+    Returns metric -> masked array (tasks or findings, R). Its `.mean(0)` is the mean over tasks or
+    findings in each resample, without what is masked.
+    """
+    all_counts = resample_lesions(labels)  # (R, N)
+    samples = defaultdict(list)
+    for task in labelled_tasks(probabilities, labels, tasks):
+        counts = all_counts[:, task.is_labelled]  # (R, L)
+        # By hand: three lesions, right, wrong, right, drawn 2, 0 and 1 times: 3 are right, of 3.
+        right = counts @ (task.predicted == task.labels)  # (R,)
+        samples["accuracy"].append(np.ma.divide(right, counts.sum(axis=1)))
+        samples["macro_f1"].append(resampled_macro_f1(task.labels, task.predicted, counts))
+        for k in task.findings:
+            scores = task.probabilities[:, k]
+            samples["auc"].append(resampled_auc(scores, task.labels == k, counts))
+    return {metric: np.ma.stack(arrays) for metric, arrays in samples.items()}
+
 
 def interval(samples):
-    return np.percentile(samples[:, 1:].mean(0).compressed(), (2.5, 97.5)).tolist()  # the middle 95% of the mean
+    """The 95% interval of a metric: the middle 95% of its values (R,) in the resamples."""
+    return np.percentile(np.ma.compressed(samples), (2.5, 97.5)).tolist()
 
-def difference(ours, theirs):
-    """Paired bootstrap of the answers of some runs and some others on the same test lesions, each metric averaged over
-    the runs: mean -> [difference, low, high]. The lesions are drawn anew, the seeds are not."""
-    gaps = defaultdict(int)
-    for group, sign in ((ours, 1), (theirs, -1)):
-        for p in group:
-            test = p.split == "test"
-            for name, samples in bootstrap(answer_of(p.branches)[test], p.labels[test], p.tasks).items():
-                gaps[name] += sign * samples / len(group)
-    return {name: [float(gap[:, 0].mean()), *interval(gap)] for name, gap in gaps.items()}
 
-def subgroups(p):
-    """The answer's test metrics for each value of each column of metadata; ages in bands of 20 years."""
-    groups, answer = defaultdict(list), answer_of(p.branches)
-    for column, texts in p.metadata.items():
-        for n in np.flatnonzero(p.split == "test"):
-            groups[data.word(column, texts[n] or "not given")].append(n)
-    return {group: {"lesions": len(rows)} | measure(answer[rows], p.labels[rows], p.tasks)
-            for group, rows in sorted(groups.items())}
+def calibration(probabilities, labels, tasks):
+    """How honest the probabilities are: two errors, each the mean over the tasks.
 
-def load_checkpoint(path, device="cpu"):
-    """What a .pt file holds: of a finished run's model.pt the weights, the flags, and the lesions of its release."""
+    nll  negative log-likelihood: -log of the true class's probability
+    ece  expected calibration error (Guo et al. 2017, Eq. 3). The lesions go into 15 equal bins by
+         the probability of their likeliest class. In each bin this class should be right as often
+         as that probability says; ece is the mean gap, weighted by the number of lesions.
+    """
+    nll = []
+    ece = []
+    for task in labelled_tasks(probabilities, labels, tasks):
+        of_truth = task.probabilities[np.arange(len(task.labels)), task.labels]  # (L,)
+        nll.append(-np.log(np.maximum(of_truth, 1e-300)).mean())
+        confidence = task.probabilities.max(axis=1)
+        correct = task.predicted == task.labels
+        bins = np.ceil(confidence * BINS)  # 1 to 15
+        error = 0.0
+        for number in np.unique(bins):
+            is_inside = bins == number
+            gap = abs(correct[is_inside].mean() - confidence[is_inside].mean())
+            error += is_inside.mean() * gap
+        ece.append(error)
+    return {"nll": float(np.mean(nll)), "ece": float(np.mean(ece))}
+
+
+def noise_of_a_run(groups):
+    """The standard deviation within groups of runs, pooled: what another seed does to a metric.
+
+    groups: for each group the metric's values (M,). nan, unknown, if no group has two runs.
+    By hand: groups 1, 3 and 5, 5, 8. Squares about the means: 2 and 6. Over 1 + 2: sqrt(8 / 3).
+    """
+    deviations = np.concatenate([values - np.mean(values) for values in groups])
+    degrees_of_freedom = len(deviations) - len(groups)
+    if degrees_of_freedom == 0:
+        return math.nan
+    return math.sqrt(np.sum(deviations**2) / degrees_of_freedom)
+
+
+def lesions_needed(difference, over_lesions, seeds_error, num_lesions):
+    """How many test lesions would tell this difference from none, if it is what it seems to be.
+
+    over_lesions  its 95% interval, which shrinks with the root of the number of lesions
+    seeds_error   its standard error from the seeds alone, which does not; nan if it is unknown
+
+    With that many lesions half of the interval is as wide as the difference, so the chance to see
+    it is about even. Where twice seeds_error exceeds the difference, no number is enough: inf. nan
+    if seeds_error is unknown.
+    """
+    if math.isnan(seeds_error):
+        return math.nan
+    if difference == 0 or 2 * seeds_error > abs(difference):
+        return math.inf
+    low, high = over_lesions
+    half_width = (high - low) / 2
+    return num_lesions * (half_width / difference) ** 2
+
+
+@dataclass
+class Difference:
+    """How much higher a metric is in one group of runs than in another (0.01 is a point)."""
+
+    value: float  # between the means of the groups
+    over_lesions: list  # its 95% interval, had other lesions been tested
+    over_lesions_and_seeds: list  # and had other seeds been trained as well
+    noise: float  # of a run: noise_of_a_run
+    lesions_needed: float
+
+
+def measure_group(answers, labels, tasks):
+    """The answers (N, K) of M runs -> two dicts: mean_... -> (M,), and in each resample (M, R)."""
+    values = defaultdict(list)
+    samples = defaultdict(list)
+    for answer in answers:
+        measured = measure(answer, labels, tasks)
+        for metric, resampled in bootstrap(answer, labels, tasks).items():
+            name = f"mean_{metric}"
+            values[name].append(measured[name])
+            samples[name].append(resampled.mean(axis=0))
+    return values, {name: np.ma.stack(arrays) for name, arrays in samples.items()}
+
+
+def compare_groups(answers, other_answers, labels, tasks):
+    """Paired bootstrap of two groups of runs with the same N test lesions: mean_... -> Difference.
+
+    For each run of a group its answer (N, K). Each resample draws the lesions once for all runs;
+    over_lesions is about the difference of the groups' means. For over_lesions_and_seeds it also
+    draws from each group as many runs as it has, with replacement. Few runs vary too little: M runs
+    show sqrt((M - 1) / M) of the seeds' deviation, three runs 18% too little.
+    """
+    values, samples = measure_group(answers, labels, tasks)
+    other_values, other_samples = measure_group(other_answers, labels, tasks)
+    M = len(answers)
+    other_M = len(other_answers)
+    rng = np.random.default_rng(1)
+    drawn = rng.multinomial(M, np.full(M, 1 / M), RESAMPLES).T  # (M, R): how often each run
+    other_drawn = rng.multinomial(other_M, np.full(other_M, 1 / other_M), RESAMPLES).T
+    num_lesions = int((labels >= 0).any(axis=1).sum())
+    differences = {}
+    for name in values:
+        value = float(np.mean(values[name]) - np.mean(other_values[name]))
+        over_lesions = interval(samples[name].mean(axis=0) - other_samples[name].mean(axis=0))
+        means = (drawn * samples[name]).mean(axis=0)  # (R,)
+        other_means = (other_drawn * other_samples[name]).mean(axis=0)
+        over_both = interval(means - other_means)
+        noise = noise_of_a_run([values[name], other_values[name]])
+        seeds_error = noise * math.sqrt(1 / M + 1 / other_M)
+        needed = lesions_needed(value, over_lesions, seeds_error, num_lesions)
+        differences[name] = Difference(value, over_lesions, over_both, noise, needed)
+    return differences
+
+
+# ------------------------------------------------------------------------------ a run's files
+
+
+def write_predictions(path, p):
+    """predictions.npz: the Predictions, for read_predictions.
+
+    An array for each field or, of a dict, for each entry: "cases", "branches/fusion", "tasks/DIAG".
+    """
+    arrays = {}
+    for field, value in vars(p).items():
+        if isinstance(value, dict):
+            for name, entry in value.items():
+                arrays[f"{field}/{name}"] = entry
+        else:
+            arrays[field] = value
+    with data.atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_predictions(run):
+    """The Predictions in a run's predictions.npz. Raises RunError if they cannot be read."""
+    path = Path(run) / "predictions.npz"
+    advice = f"python train.py --resume {run} finishes a run, or predicts anew if it is finished"
+    if not path.exists():
+        raise RunError(f"{path} does not exist. {advice}")
+    fields = {"tasks": {}, "metadata": {}, "branches": {}, "overlaps": {}}
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged file, none of them says which
-        raise RunError(f"{path}: missing or damaged ({error}). If the run is unfinished, --resume it") from error
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        fields["fingerprint"] = str(arrays.pop("fingerprint"))
+        for key, array in arrays.items():
+            field, slash, name = key.partition("/")
+            if field == "tasks":
+                fields[field][name] = tuple(array.tolist())  # its class names
+            elif slash:
+                fields[field][name] = array
+            else:
+                fields[field] = array
+        return Predictions(**fields)
+    except Exception as error:  # numpy and zipfile raise half a dozen types for a damaged file
+        raise RunError(f"{path} is damaged ({error}). {advice}") from error
 
-def write(path, text):
-    """Writes the whole file or none. Where nothing may be written that is said, and the tables are still printed."""
-    try:
-        with data.whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        print(f"WARNING: {path} is not written ({error})")
 
-def column_names(branch, tasks):
-    return [f"{branch}/{task}/{name}" for task, classes in tasks.items() for name in classes]
+def write_csv(path, header, lines):
+    with data.atomic_write(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(lines)
 
-def write_predictions(path, p, branches):
-    """A row a lesion: case, split, metadata, overlaps, its classes, branch/task/class probabilities with all digits."""
-    table = {"case": p.cases, "split": p.split} | p.metadata
-    table |= {name: values.tolist() for name, values in p.overlaps.items()}
-    for t, (task, classes) in enumerate(p.tasks.items()):
-        table[task] = np.array([*classes, ""])[p.labels[:, t]]  # -1, unknown, is the last one
-    for branch, values in branches.items():
-        table |= dict(zip(column_names(branch, p.tasks), values.T.tolist()))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([list(table), *zip(*table.values())])
-    write(path, text.getvalue())
 
-def lesions_of(saved):
-    """Predictions without branches: the lesions of a model.pt (or evaluate_new's stand-in) not marked "train"."""
-    tested = np.array(saved["split"]) != "train"
-    cases, split, labels = (np.array(saved[name])[tested] for name in ("cases", "split", "labels"))
-    metadata = {column: np.array(texts)[tested] for column, texts in saved["metadata"].items()}
-    return Predictions(saved["tasks"], cases, split, labels, metadata, {}, {})
+def write_predictions_csv(path, p, predictors):
+    """predictions.csv, for people: a line a lesion, with a column for each predictor/task/class.
 
-def read_predictions(run, saved):
-    """The answers in predictions.csv for the lesions that model.pt knows, whatever the order of its rows."""
-    path, p = Path(run) / "predictions.csv", lesions_of(saved)
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        if sorted(row["case"] for row in rows) != sorted(p.cases):
-            raise ValueError(f"{len(rows)} rows, not one for each of {len(p.cases)} lesions")
-        by_case = {row["case"]: row for row in rows}
-        def values(*columns):
-            return np.array([[float(by_case[case][column]) for column in columns] for case in p.cases])
-        p.overlaps.update({name: values(name)[:, 0] for name in ("jaccard", "dice") if name in rows[0]})
-        for branch in dict.fromkeys(name.split("/")[0] for name in rows[0] if "/" in name):
-            if branch not in ("equal", "weighted", "calibrated"):
-                p.branches[branch] = values(*column_names(branch, p.tasks))
-    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
-        raise RunError(f"{path} is not as it was written ({error}); --data with the run's own data mends it") from error
-    return p
-
-def finish(folder, p, decided):
-    """Adds equal and weighted to `p`; writes predictions.csv and, with labels, results.json, which it returns."""
-    own, weights = dict(p.branches), decided["weights"]  # own: of the network
-    if len(own) > 1:
-        p.branches["equal"] = fuse(own, dict.fromkeys(own, 1 / len(own)), p.tasks)
-        p.branches["weighted"] = fuse(own, weights, p.tasks)
-    written = dict(p.branches)
-    if own:
-        written["calibrated"] = fuse(own, weights, p.tasks, decided["temperature"])
-    write_predictions(folder / "predictions.csv", p, written)
-    if (p.labels < 0).all() and not p.overlaps:
-        return None
-    results = {"decided": decided, "means": {}, "overlaps": {}, "valid": {}, "test": {}}
-    valid, test = p.split == "valid", p.split == "test"
-    labels = p.labels[test]
-    if own:
-        results["valid"] = measure(answer_of(p.branches)[valid], p.labels[valid], p.tasks)
-    if own and (labels >= 0).any():
-        for branch, values in p.branches.items():
-            results["test"][branch] = found = measure(values[test], labels, p.tasks)
-            resampled = bootstrap(values[test], labels, p.tasks)
-            found["intervals"] = {name: interval(samples) for name, samples in resampled.items()}
-        results["means"] = {name: found[name] for name in MEANS if name in found}  # of the last branch: the answer
-        results["incomplete"] = max(int(np.ma.getmaskarray(samples).any(0).sum()) for samples in resampled.values())
-        results["subgroups"] = subgroups(p)
+    predictors: predictor -> (N, K), as fuse_all returns them.
+    """
+    header = ["case", "split"]
+    columns = [p.cases, p.split]  # each (N,) texts
+    for name, texts in p.metadata.items():
+        header.append(name)
+        columns.append(texts)
     for name, values in p.overlaps.items():
-        samples = np.ma.array([resamples(labels) @ values[test] / len(labels)])  # (1, 1 + R)
-        results["means"][name] = float(samples[0, 0])
-        results["overlaps"][name] = [results["means"][name], *interval(samples)]
-    write(folder / "results.json", json.dumps(results, indent=1))
+        header.append(name)
+        columns.append(np.char.mod("%.6g", values))
+    for t, (task, classes) in enumerate(p.tasks.items()):
+        names = np.array([*classes, ""])  # -1, unknown, is the last: an empty cell
+        header.append(task)
+        columns.append(names[p.labels[:, t]])
+    for predictor, probabilities in predictors.items():
+        for task, classes in p.tasks.items():
+            header += [f"{predictor}/{task}/{name}" for name in classes]
+        columns += list(np.char.mod("%.6g", probabilities.T))
+    write_csv(path, header, np.column_stack(columns).tolist())
+
+
+@contextmanager
+def warn_if_unwritable(what):
+    """Within it a file that cannot be written, as in a colleague's run, costs only a WARNING."""
+    try:
+        yield
+    except OSError as error:
+        print(f"WARNING: {what} cannot be written ({error})")
+
+
+# --------------------------------------------------------------------------------------- results
+
+# The means in results.json, and how the tables call them.
+MEANS = {
+    "mean_auc": "AUC",
+    "mean_accuracy": "accuracy",
+    "mean_macro_f1": "macro F1",
+    "mean_ap": "AP",
+    "lrap": "LRAP",
+    "jaccard": "Jaccard",
+    "dice": "Dice",
+}
+
+
+@dataclass
+class Evaluation:
+    """What is found out about some Predictions."""
+
+    predictions: Predictions
+    predictors: dict  # predictor -> (N, K)
+    results: dict  # see make_results
+
+
+def fuse_all(p, late_fusion):
+    """All predictors, name -> (N, K): the branches and what late fusion makes of them."""
+    predictors = dict(p.branches)
+    if len(p.branches) > 1:
+        equal = dict.fromkeys(p.branches, 1 / len(p.branches))
+        predictors["equal"] = fuse(p.branches, equal, p.tasks)
+        predictors["weighted"] = fuse(p.branches, late_fusion.weights, p.tasks)
+    if p.branches:
+        weights, temperature = late_fusion.weights, late_fusion.temperature
+        predictors["calibrated"] = fuse(p.branches, weights, p.tasks, temperature)
+    return predictors
+
+
+def means_of(measured):
+    """Those of the metrics in MEANS that could be measured."""
+    return {name: measured[name] for name in MEANS if name in measured}
+
+
+def subgroups_of(metadata, n):
+    """The subgroups of lesion n, fact -> name: {"age": "age from 40", "sex": "sex not given"}.
+
+    Several columns may give one fact (data.PATIENT_FACTS): the first that is filled counts.
+    """
+    names = {}
+    for column, texts in metadata.items():
+        fact = data.PATIENT_FACTS.get(column, column)
+        not_given = f"{fact} not given"
+        if names.get(fact, not_given) == not_given:  # no earlier column says more
+            names[fact] = data.patient_word(column, texts[n] or "not given")
+    return names
+
+
+def measure_subgroups(p, answer):
+    """The answer's metrics on the labelled test lesions of one subgroup. answer: (N, K).
+
+    Returns, for example, "age from 40" -> {"lesions": 31, "mean_auc": 0.8, ...}.
+    """
+    is_labelled = (p.labels >= 0).any(axis=1)
+    rows_of = defaultdict(list)  # subgroup -> numbers of its lesions
+    for n in np.flatnonzero((p.split == "test") & is_labelled):
+        for name in subgroups_of(p.metadata, n).values():
+            rows_of[name].append(n)
+    subgroups = {}
+    for name, rows in sorted(rows_of.items()):
+        measured = measure(answer[rows], p.labels[rows], p.tasks)
+        subgroups[name] = {"lesions": len(rows), **measured}
+    return subgroups
+
+
+def measure_with_intervals(probabilities, labels, tasks):
+    """What `measure` returns, and "intervals": mean_... -> [low, high], the 95% interval."""
+    measured = measure(probabilities, labels, tasks)
+    measured["intervals"] = {}
+    for metric, samples in bootstrap(probabilities, labels, tasks).items():
+        measured["intervals"][f"mean_{metric}"] = interval(samples.mean(axis=0))
+    return measured
+
+
+def make_results(p, late_fusion, predictors):
+    """What results.json holds: a dict. All metrics are fractions, not percents.
+
+    What cannot be measured, for lack of labels or of masks, is left empty. There are always test
+    lesions: data.read and read_new refuse a release without any.
+    """
+    is_valid = p.split == "valid"
+    is_test = p.split == "test"
+    labels = p.labels[is_test]
+    results = {
+        "fingerprint": p.fingerprint,
+        "late_fusion": vars(late_fusion),
+        "answer": late_fusion.answer,  # its name among the predictors
+        "lesions": int((labels >= 0).any(axis=1).sum()),  # test lesions with a known label
+        "means": {},  # the answer's on the test split, by the names in MEANS
+        "valid": {},  # what `measure` returns for the answer on the validation split
+        "test": {},  # predictor -> what `measure_with_intervals` returns
+        "subgroups": {},  # what `measure_subgroups` returns
+        "paper_fusion": {},  # like "means", with the weights of the paper's choice
+        "calibration": {},  # "before" and "after" the temperature: what `calibration` returns
+        "overlaps": {},  # "jaccard" and "dice" of the masks: [mean, low, high]
+    }
+    if predictors:  # a run that predicts masks alone has none
+        answer = predictors[late_fusion.answer]
+        results["valid"] = measure(answer[is_valid], p.labels[is_valid], p.tasks)
+        if results["lesions"] > 0:
+            for predictor, probabilities in predictors.items():
+                if predictor != "calibrated":  # its likeliest classes are the answer's
+                    measured = measure_with_intervals(probabilities[is_test], labels, p.tasks)
+                    results["test"][predictor] = measured
+            results["means"] = means_of(results["test"][late_fusion.answer])
+            results["subgroups"] = measure_subgroups(p, answer)
+            by_paper = fuse(p.branches, late_fusion.paper_weights, p.tasks)
+            results["paper_fusion"] = means_of(measure(by_paper[is_test], labels, p.tasks))
+            calibrated = predictors["calibrated"]
+            results["calibration"]["before"] = calibration(answer[is_test], labels, p.tasks)
+            results["calibration"]["after"] = calibration(calibrated[is_test], labels, p.tasks)
+    for overlap, values in p.overlaps.items():
+        counts = resample_lesions(labels)  # with a single task class by class, here too
+        samples = counts @ values[is_test] / len(labels)  # (R,)
+        results["means"][overlap] = float(values[is_test].mean())
+        results["overlaps"][overlap] = [results["means"][overlap], *interval(samples)]
     return results
 
-def with_answers(p, saved, release, device):
-    """The lesions of `p`, found by name in the release, with the answers of the saved network."""
-    network = model.load(saved, device)
-    if not set(network.reads) <= {*release.views, "words"}:
-        raise RunError(f"the run reads {' and '.join(network.reads)}; this release has {' and '.join(release.views)}")
-    rows = [release.cases.index(case) for case in p.cases]
-    words = data.as_words(release.metadata, saved["vocabulary"], len(release.cases))[rows]
-    branches, overlaps = predict(network, release.pixels[rows], release.views, words, device, saved["flags"]["amp"])
-    return p._replace(branches=branches, overlaps=overlaps)
 
-def evaluate_run(run, release=None, device=torch.device("cpu"), rule="near"):
-    """(results, Predictions) of a run: from its predictions.csv or, with its own release, predicted anew."""
-    saved = load_checkpoint(Path(run) / "model.pt", device)
-    p = with_answers(lesions_of(saved), saved, release, device) if release else read_predictions(run, saved)
-    return finish(Path(run), p, decide(p, rule)), p
+def evaluate_predictions(folder, p, late_fusion):
+    """The Evaluation of p; its results go to results.json, its predictors to predictions.csv."""
+    predictors = fuse_all(p, late_fusion)
+    results = make_results(p, late_fusion, predictors)
+    with warn_if_unwritable(f"the results in {folder}"):
+        write_predictions_csv(folder / "predictions.csv", p, predictors)
+        with data.atomic_write(folder / "results.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return Evaluation(p, predictors, results)
 
-def evaluate_new(run, path, cache, device, rule="near"):
-    """(results, Predictions) of a release without the lesions of the run's training and validation splits."""
-    saved = load_checkpoint(Path(run) / "model.pt", device)
-    flags, seen = saved["flags"], np.array(saved["split"]) != "test"
-    release = data.read(path, flags["image_size"], cache, to_train=False, masks=flags["model"] == "clnet")
-    if release.fingerprint == saved["fingerprint"]:
-        print(f"{path}: the run's own release. Its validation and test lesions are predicted again")
-        return evaluate_run(run, release, device, rule)
-    by_name = np.isin(release.cases, np.array(saved["cases"])[seen])
-    by_photo = np.isin(release.digests, np.array(saved["digests"])[seen]).any(1)
-    new = ~by_name & ~by_photo
-    if not new.any():
-        raise RunError(f"{path}: the run has seen every lesion")
-    labels, folder = labels_for(saved["tasks"], release), Path(run) / Path(path).resolve().stem
-    lesions = vars(release) | {"tasks": saved["tasks"], "labels": labels, "split": np.where(new, "test", "train")}
-    p = with_answers(lesions_of(lesions), saved, release, device)
-    print(f"{path}: {new.sum()} of {len(new)} lesions are tested, {(labels[new] >= 0).any(1).sum()} labelled; the run "
-          f"has seen {by_name.sum()} by name, {by_photo.sum()} by photo. See {folder}")
-    return finish(folder, p, decide(read_predictions(run, saved), rule)), p
 
-def labels_for(tasks, release):
-    """The release's labels (N, T) as classes of these tasks, matched by name; -1 where the run has no such class."""
-    labels, lesions_of_class = np.full((len(release.cases), len(tasks)), -1), {}
-    for t, (task, classes) in enumerate(release.tasks.items()):
-        for k, name in enumerate(classes):
-            lesions_of_class[data.same_text(f"{task}/{name}")] = release.labels[:, t] == k
-    for t, (task, classes) in enumerate(tasks.items()):
-        for k, name in enumerate(classes):
-            labels[lesions_of_class.pop(data.same_text(f"{task}/{name}"), []), t] = k
-    if lesions_of_class:
-        print(f"WARNING: the run has no class {', '.join(lesions_of_class)}; labels of it are left out")
-    return labels
+def views_read(network):
+    """The kinds of photo that a network reads, such as ["clinical", "dermoscopy"]."""
+    return [view for view in data.VIEWS if view in network.inputs]
 
-# --------------------------------------------------------------------------------------------------------------- tables
 
-def print_table(title, header, rows):
-    """rows: name -> cells, of which fractions are printed as percents."""
-    left = max(map(len, [title, *rows]))
-    print("\n" + title.ljust(left) + "".join(name.rjust(12) for name in header))
-    for name, cells in rows.items():
-        texts = [f"{100 * cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        print(name.ljust(left) + "".join(text.rjust(12) for text in texts))
+def predict_release(saved, release, device):
+    """The Predictions of a run for the validation and test lesions of a release.
 
-def print_tables(results, compare=False):
-    """Tables 1, 2 and 4 of the paper for the test split, and more; with `compare` the paper's PEMM beside ours."""
-    test, decided = results["test"], results["decided"]
-    if results["overlaps"]:
-        rows = {MEANS[overlap]: values for overlap, values in results["overlaps"].items()}
-        print_table("overlap of the masks (%)", ["mean", "95% from", "95% to"], rows)
-    if not test:
+    saved: what is in the run's model.pt. The release has the run's tasks.
+    """
+    network = model.load_run(saved, device)
+    views = views_read(network)
+    if not set(views) <= set(release.views):
+        there = " and ".join(release.views)
+        raise RunError(f"the run reads {' and '.join(views)}; this release has {there}")
+    amp = saved["flags"]["amp"] and model.has_bfloat16(device)  # it was trained on any device
+    rows = torch.cat((release.rows("valid"), release.rows("test")))
+    branches, overlaps = predict(network, release, rows, device, amp)
+    rows = rows.numpy()
+    cases = np.array(release.cases)[rows]
+    split = release.split[rows]
+    labels = release.labels.cpu().numpy()[rows]
+    metadata = {}
+    for column, texts in release.metadata.items():
+        metadata[column] = np.array(texts)[rows]
+    tasks, fingerprint = release.tasks, release.fingerprint
+    return Predictions(tasks, cases, split, labels, metadata, branches, overlaps, fingerprint)
+
+
+def evaluate_run(run, release=None, device=None):
+    """The results of a run: from its predictions.npz or, given its own release, predicted anew."""
+    run = Path(run)
+    if release is None:
+        p = read_predictions(run)
+    else:
+        saved = model.read_run_file(run / "model.pt")
+        p = predict_release(saved, release, device or model.find_device())
+        write_predictions(run / "predictions.npz", p)
+    return evaluate_predictions(run, p, fit_late_fusion(p)).results
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+TABLE_WIDTH = 100  # characters
+TABLE_4 = ("DIAG/MEL", "PN/ATP", "STR/IR", "PIG/IR", "RS/PRS", "DaG/IR", "BWV/PRS", "VS/IR")
+
+
+def percent(value):
+    return f"{100 * value:.1f}"
+
+
+def percent_or_empty(measured, name):
+    """The cell of a metric that may be missing."""
+    return percent(measured[name]) if name in measured else ""
+
+
+def print_table(title, header, table):
+    """table: what stands at the left of a line -> its cells, texts, as many as `header` has."""
+    lines = [(title, header)] + list(table.items())
+    widths = []
+    for n in range(len(header)):
+        widths.append(2 + max(len(cells[n]) for _, cells in lines))
+    left = max(len(name) for name, _ in lines)
+    left = min(left, TABLE_WIDTH - sum(widths))
+    print()
+    for name, cells in lines:
+        if len(name) > left:  # it gets a line of its own
+            print(name[-TABLE_WIDTH:])
+            name = ""
+        texts = [cell.rjust(width) for cell, width in zip(cells, widths)]
+        print(name.ljust(left) + "".join(texts))
+
+
+def heading(predictor, results):
+    """The predictor's name; the answer is marked."""
+    return f"{predictor} (answer)" if predictor == results["answer"] else predictor
+
+
+def print_metric(title, metric, results):
+    """A table of the paper, turned: a line a task or finding, a column a predictor."""
+    test = results["test"]
+    if metric not in test[results["answer"]]:  # there is no class to tell from others
         return
-    name, found = list(test)[-1], answer_of(test)
-    for metric, title in {"auc": "Table 1: AUC (%)", "accuracy": "Table 2: accuracy (%)"}.items():
-        if metric in found:
-            header, mean = list(test), f"mean_{metric}"
-            rows = {column: [each[metric][column] for each in test.values()] for column in found[metric]}
-            rows["mean"] = [each[mean] for each in test.values()]
-            if compare:
-                header.append("paper")
-                for n, cells in enumerate(rows.values()):
-                    cells.append(PAPER[metric][n] / 100)
-            rows["95% from"] = [each["intervals"][mean][0] for each in test.values()]
-            rows["95% to"] = [each["intervals"][mean][1] for each in test.values()]
-            print_table(title, header, rows)
-    if set(PAPER_TABLE_4) <= set(found.get("auc", [])):
-        rates, rows = ["precision", "sensitivity", "specificity"], {}
-        for column, (positives, true, false) in PAPER_TABLE_4.items():
-            rows[column] = [found[rate][column] for rate in rates]
-            if compare:
-                rows[column + " paper"] = [true / (true + false), true / positives, 1 - false / (395 - positives)]
-        print_table(f"Table 4: {name} (%)", rates, rows)
-    means = [mean for mean in MEANS if mean in found]
-    groups = {branch: {"lesions": "all"} | each for branch, each in test.items()} | results["subgroups"]
-    rows = {group: [each.get(mean, "") for mean in ("lesions", *means)] for group, each in groups.items()}
-    print_table(f"means (%), and of {name} in subgroups", ["lesions", *(MEANS[mean] for mean in means)], rows)
-    weights = [f"{branch} {weight:.2f}" for branch, weight in decided["weights"].items()]
-    print(f"{results['incomplete']} of {RESAMPLES} resamples lack a class; their mean AUC is without it\nfound on "
-          f"validation: weights ({decided['rule']}) {', '.join(weights)}; temperature {decided['temperature']:.2f}")
+    mean = f"mean_{metric}"
+    header = []
+    table = defaultdict(list)
+    for predictor, measured in test.items():
+        header.append(heading(predictor, results))
+        for name, value in measured[metric].items():
+            table[name].append(percent(value))
+        low, high = measured["intervals"][mean]
+        table["mean"].append(percent(measured[mean]))
+        table["95% from"].append(percent(low))
+        table["95% to"].append(percent(high))
+    print_table(title, header, table)
 
-def print_groups(saved, results):
-    """Mean and standard deviation of the runs' answers, a row for each setting of the flags that make a method."""
-    groups, rows, means = defaultdict(list), {}, list(results[0]["means"])
-    for each, result in zip(saved, results):
-        setting = [f"{flag} {value}" for flag, value in each["flags"].items()
-                   if flag not in ("seed", "out", "resume", "data", "cache", "device", "amp", "compile")
-                   and any(other["flags"].get(flag) != value for other in saved)]
-        groups[", ".join(setting) or "all runs"].append([100 * result["means"].get(name, np.nan) for name in means])
-    for setting, values in groups.items():
-        deviation = np.std(values, 0, ddof=1) if len(values) > 1 else [np.nan] * len(means)  # of one run none
-        rows[setting] = [len(values), *map("{:.1f} ± {:.1f}".format, np.mean(values, 0), deviation)]
-    print_table("mean ± standard deviation (%)", ["runs", *(MEANS[name] for name in means)], rows)
 
-# ----------------------------------------------------------------------------------------------------------- one lesion
+def print_table_4(results):
+    """Rates of the eight classes that speak for melanoma, if the run has SPC's tasks."""
+    measured = results["test"][results["answer"]]
+    if not set(TABLE_4) <= set(measured.get("auc", {})):
+        return
+    rates = ["precision", "sensitivity", "specificity"]
+    table = {}
+    for finding in TABLE_4:
+        table[finding] = [percent(measured[rate][finding]) for rate in rates]
+    print_table("Table 4: the answer (%)", rates, table)
 
-def one_lesion(run, paths, about, device, rule="near"):
-    """Prints the answer for the photos `paths`, view -> path, and the patient `about`, column -> [text], and draws its
-    picture. Returns the answer: task -> {class: probability}."""
-    saved = load_checkpoint(Path(run) / "model.pt", device)
-    network, vocabulary, size = model.load(saved, device), saved["vocabulary"], saved["flags"]["image_size"]
-    needed = [view for view in data.VIEWS if view in network.reads]
-    photos = {view: data.decode(Path(paths[view]), size) for view in needed if view in paths}
-    if not photos:
-        raise RunError(f"{run} needs the {' and the '.join(needed)} photo")
-    first = list(photos)[0]
-    if len(photos) == 2 and np.array_equal(*photos.values()):
-        print("WARNING: both photos are one and the same picture")
-    if len(photos) < max(len(paths), len(needed)):
-        print(f"only the {first} photo is used")  # the run reads no other, or no other was given
-    p = read_predictions(run, saved)
-    if len(photos) < len(needed):  # the branch of the only photo answers; the photo stands in for the other as well
-        p = p._replace(branches={first: p.branches[first]})
-    decided = decide(p, rule)
-    weights, temperature = decided["weights"], decided["temperature"]
-    for column, (value,) in about.items():
-        if "words" not in network.reads or data.word(column, value) not in vocabulary:
-            print(f"WARNING: this run has not learned the word {data.word(column, value)!r}; it is left out")
 
-    pixels = torch.tensor(np.stack(list(photos.values())), device=device)[None].float().requires_grad_()
-    inputs = data.as_inputs(pixels, photos)
-    inputs["words"] = torch.from_numpy(data.as_words(about, vocabulary, 1)).to(device)
-    attended, last_maps = {}, []  # what the second stage's attention reads of each photo; the last map that CLNet pools
-    if len(photos) == 2 and network.attentions:
-        network.attentions[1].register_forward_pre_hook(lambda module, maps: attended.update(module.read_of(*maps)))
-    if saved["flags"]["model"] == "clnet" and weights:
-        last_stage = [*network.encoders[0].stages, *network.fusions][-1]
-        last_stage.register_forward_hook(lambda module, read, output: last_maps.append(output))
-    outputs = network(*(inputs.get(name, inputs[first]) for name in network.reads))
-    certainty, answer, text = 0 * pixels.sum(), {}, ""  # 0 where no class is predicted
-    for t, (task, classes) in enumerate(saved["tasks"].items()):
-        if weights:  # not if it finds the mask alone. As decide and fuse do it, but with a gradient
-            logits = sum(weight * outputs[branch][t].log_softmax(1) for branch, weight in weights.items())
-            chances = (logits / temperature).softmax(1)[0]
-            certainty = certainty + chances.max().log()
-            answer[task] = dict(zip(classes, chances.tolist()))
-            shown = "  ".join(f"{name} {100 * chance:.0f}%" for name, chance in answer[task].items())
-            text += f"{task}: {classes[chances.argmax()]}   ({shown})\n"
-    of_pixels, *of_maps = torch.autograd.grad(certainty, [pixels, *last_maps])  # its gradients
-    heats = gaussian_blur(of_pixels[0].abs().sum(-1), 2 * (size // 32) + 1)  # (V, S, S) saliency
-    if last_maps:  # CLNet's paper says Grad-CAM++, but Eq. 2 is Grad-CAM's, and Eq. 3 has the ReLU inside the sum
-        w = of_maps[0].mean((2, 3), keepdim=True)  # Eq. 2
-        heats = (w * last_maps[0]).relu().sum(1)  # Eq. 3: (1, H_4, W_4)
-    path = Path(run) / f"lesion-{Path(paths[first]).stem}.png"
-    print(text, end="")
-    draw(path, text, photos, heats, attended, outputs.get("mask"))
-    print(f"the photos, what counts in them and what is read of them: {path}\nFor research: this is no medical device.")
-    return answer
+def print_means(results):
+    """The means of every predictor, then the answer's in subgroups."""
+    test = results["test"]
+    lines = {}
+    for predictor, measured in test.items():
+        lines[heading(predictor, results)] = {"lesions": results["lesions"], **measured}
+    lines.update(results["subgroups"])
+    names = list(means_of(test[results["answer"]]))
+    table = {}
+    for line, measured in lines.items():
+        table[line] = [str(measured["lesions"])]
+        for name in names:
+            table[line].append(percent_or_empty(measured, name))
+    header = ["lesions"] + [MEANS[name] for name in names]
+    print_table("means, and the answer's in subgroups (%)", header, table)
 
-def draw(path, text, photos, heats, attended, mask):
-    """Each photo, followed by what counts in it (heats (V, S, S)), by what is read of it after the second stage, and
-    by the outline that was found; under them the text."""
-    panels = []
-    for v, (view, photo) in enumerate(photos.items()):
-        panels += [photo, overlay(photo, heats[v])]
-        if view in attended:
-            panels.append(overlay(photo, attended[view][0]))
-        if mask is not None:
-            inside = (mask[0] > 0).float()  # (1, H, W)
-            panels.append(overlay(photo, (F.max_pool2d(inside, 3, 1, 1) - inside)[0]))
-    picture = Image.new("RGB", (1320, 240 + 20 * text.count("\n")), "white")
-    picture.paste(Image.fromarray(np.concatenate(panels, 1)).resize((220 * len(panels), 220)))
-    ImageDraw.Draw(picture).text((10, 230), text, "black", ImageFont.load_default(14), spacing=4)
-    picture.save(path)
+
+def print_late_fusion(results):
+    """What was chosen on the validation split, and what it gives on the test split."""
+    late_fusion = results["late_fusion"]
+    weights, paper_weights = late_fusion["weights"], late_fusion["paper_weights"]
+    choices = {
+        "the answer's: the most even of the near best": (weights, results["means"]),
+        "the paper's: the most accurate": (paper_weights, results["paper_fusion"]),
+    }
+    if len(weights) > 1:
+        table = {}
+        for choice, (weight_of, means) in choices.items():
+            table[choice] = [f"{weight:.2f}" for weight in weight_of.values()]
+            table[choice].append(percent_or_empty(means, "mean_auc"))
+            table[choice].append(percent_or_empty(means, "mean_accuracy"))
+        print_table("weights from validation; test (%)", [*weights, "AUC", "accuracy"], table)
+    table = {}
+    for when, errors in results["calibration"].items():
+        table[f"{when} the temperature"] = [f"{errors['nll']:.3f}", percent(errors["ece"])]
+    title = f"temperature {late_fusion['temperature']:.2f}"
+    print_table(title, ["negative log-likelihood", "calibration error (%)"], table)
+
+
+def print_tables(results):
+    """Tables 1, 2 and 4 of the paper for the test split, and more. results: of make_results."""
+    if results["overlaps"]:
+        table = {}
+        for name, (mean, low, high) in results["overlaps"].items():
+            table[MEANS[name]] = [percent(mean), percent(low), percent(high)]
+        print_table("overlap of the masks (%)", ["mean", "95% from", "95% to"], table)
+    if not results["test"]:
+        return
+    print_metric("Table 1: AUC (%)", "auc", results)
+    print_metric("Table 2: accuracy (%)", "accuracy", results)
+    print_metric("macro F1 (%)", "macro_f1", results)
+    print_table_4(results)
+    print_means(results)
+    print_late_fusion(results)
+
+
+def print_runs(runs, all_means):
+    """The answer's means of each run, a line a run, then of all runs mean and standard deviation.
+
+    all_means: of each run results["means"].
+    """
+    names = [name for name in MEANS if any(name in means for means in all_means)]
+    table = {}
+    for run, means in zip(runs, all_means):
+        table[run] = [percent_or_empty(means, name) for name in names]
+    cells = []
+    for name in names:
+        values = [means[name] for means in all_means if name in means]
+        cell = percent(np.mean(values))
+        if len(values) > 1:  # a single run has no deviation
+            cell += f" ± {percent(np.std(values, ddof=1))}"
+        cells.append(cell)
+    table["mean ± standard deviation"] = cells
+    print_table("the answers (%)", [MEANS[name] for name in names], table)
+
+
+def print_against(evaluations, others):
+    """The differences between two groups of runs, of each run its Evaluation."""
+    p = evaluations[0].predictions
+    answers = []
+    for evaluation in evaluations + others:
+        results = evaluation.results
+        if not results["test"]:
+            raise RunError("--against compares classes: a run predicts none, or none is labelled")
+        is_test = evaluation.predictions.split == "test"
+        answers.append(evaluation.predictors[results["answer"]][is_test])
+    M, other_M = len(evaluations), len(others)
+    labels = p.labels[p.split == "test"]
+    differences = compare_groups(answers[:M], answers[M:], labels, p.tasks)
+    table = {}
+    for name, difference in means_of(differences).items():
+        cells = [f"{100 * difference.value:+.1f}"]
+        for low, high in (difference.over_lesions, difference.over_lesions_and_seeds):
+            cells.append(f"{100 * low:+.1f} to {100 * high:+.1f}")
+        if math.isnan(difference.noise):
+            cells += ["unknown", "unknown"]
+        elif math.isinf(difference.lesions_needed):
+            cells += [percent(difference.noise), "more seeds"]
+        else:
+            cells += [percent(difference.noise), f"{math.ceil(difference.lesions_needed):,}"]
+        table[MEANS[name]] = cells
+    header = ["points", "95%, lesions", "95%, lesions and seeds"]
+    header += ["noise of a run", "lesions needed"]
+    print_table(f"{M} RUN - {other_M} OTHER", header, table)
+    fewest = min(M, other_M)  # see compare_groups
+    missing = 100 * (1 - math.sqrt((fewest - 1) / fewest))
+    too_narrow = f"the seeds' part is {missing:.0f}% too narrow"
+    print(f"lesions and seeds: with {fewest} in a group {too_narrow}")
+    print("noise of a run: standard deviation over seeds; unknown if no group has two runs")
+    print("lesions needed: to see the difference every other time; more seeds: no number helps")
+
+
+# --------------------------------------------------------------------- MILK10k's live benchmark
+
+MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC")
+TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LEAST_TO_WIN = 0.500001  # the scorer counts a class as predicted from above 0.5 on
+
+
+def adjust_logits(probabilities, class_counts, tau):
+    """Logit adjustment (Menon et al. 2021), so that rare classes rise:
+
+        softmax(log probability - tau * log prior)  =  probability / prior^tau, over its sum
+
+    The prior is a class's share of the training lesions. The benchmark's macro F1 counts all
+    classes alike, rare ones too. With tau = 0 nothing changes. probabilities (N, n_t), class_counts
+    (n_t,) -> (N, n_t).
+    """
+    class_counts = np.maximum(class_counts, 1)  # none counts as one: there is no division by 0
+    prior = class_counts / class_counts.sum()
+    adjusted = probabilities / prior**tau
+    return adjusted / adjusted.sum(axis=1, keepdims=True)
+
+
+def choose_tau(probabilities, labels, tasks, class_counts):
+    """The tau of the highest macro F1 on the validation lesions; of a tie the smallest.
+
+    Returns it, its macro F1, and the macro F1 without adjustment.
+    """
+    macro_f1 = []
+    for tau in TAUS:
+        adjusted = adjust_logits(probabilities, class_counts, tau)
+        macro_f1.append(measure(adjusted, labels, tasks)["mean_macro_f1"])
+    best = int(np.argmax(macro_f1))
+    return TAUS[best], macro_f1[best], macro_f1[0]
+
+
+def let_likeliest_win(probabilities):
+    """Each lesion's likeliest class gets at least 0.500001; the others are scaled to the rest.
+
+    A class counts as predicted from above 0.5 on: a lesion whose likeliest class has 0.4 would be
+    predicted as nothing. With six decimals 0.500001 is the least above 0.5. Of a tie the first
+    class wins. probabilities (N, n_t) -> (N, n_t); each lesion's sum is 1.
+    """
+    submitted = np.zeros_like(probabilities)
+    for n, of_lesion in enumerate(probabilities):
+        winner = of_lesion.argmax()
+        highest = max(of_lesion[winner], LEAST_TO_WIN)
+        others = of_lesion.sum() - of_lesion[winner]
+        if others > 0:
+            submitted[n] = of_lesion * (1 - highest) / others
+        submitted[n, winner] = highest
+    return submitted
+
+
+def write_submission(folder, blind_test, own, late_fusion, class_counts):
+    """Writes submission.csv for MILK10k's blind test, and says in a line what is in it.
+
+    blind_test    the Evaluation of its lesions
+    own           the run's own Predictions, on whose validation split tau is chosen
+    class_counts  task -> number of training lesions of each class
+    """
+    is_valid = own.split == "valid"
+    labels = own.labels[is_valid]
+    has_classes = len(own.tasks) == 1 and MILK10K in own.tasks.values() and len(own.branches) > 0
+    if not has_classes or not (labels >= 0).any():
+        print(f"no submission.csv: that takes a run with one task, classes {', '.join(MILK10K)},")
+        print("and labelled validation lesions")
+        return
+    (task_counts,) = class_counts.values()  # there is one task
+    own_calibrated = fuse_all(own, late_fusion)["calibrated"][is_valid]
+    tau, macro_f1, macro_f1_before = choose_tau(own_calibrated, labels, own.tasks, task_counts)
+    adjusted = adjust_logits(blind_test.predictors["calibrated"], task_counts, tau)
+    submitted = let_likeliest_win(adjusted)
+    cases = blind_test.predictions.cases
+    lines = np.column_stack([cases, np.char.mod("%.6f", submitted)])
+    path = folder / "submission.csv"
+    with warn_if_unwritable(path):
+        write_csv(path, ["lesion_id", *MILK10K], lines.tolist())
+        print(
+            f"{path}: {len(lines)} lesions, the likeliest class of each above 0.5; logits adjusted"
+            f" with tau {tau}: macro F1 on validation {percent(macro_f1)}%,"
+            f" {percent(macro_f1_before)}% without"
+        )
+
+
+# ------------------------------------------------------------------------------ another release
+
+
+def read_new(saved, path, cache):
+    """The release at `path`: its test split is what the run has not seen, the rest is in no split.
+
+    saved: what is in the run's model.pt. What a run has seen are the lesions that it was trained or
+    chosen by, by their ids and photos (data.find_known). The release gets the run's tasks.
+    """
+    size = saved["flags"]["image_size"]
+    vocabulary = saved["vocabulary"]
+    masks = model.needs_masks(saved["flags"])
+    release = data.read(path, size, cache, to_train=False, masks=masks, vocabulary=vocabulary)
+    release = data.match_labels(release, saved["tasks"])
+    for note in release.notes:
+        print(note)
+    is_seen, message = data.find_known(release, saved["seen"])
+    if message:
+        print(f"WARNING: {message}")
+    if is_seen.all():
+        raise RunError(f"{path}: the run has learned from every lesion, so none can test it")
+    return replace(release, split=np.where(is_seen, "", "test"))
+
+
+def folder_for_results(run, path, fingerprint):
+    """RUN/NEW, or RUN/NEW-2, RUN/NEW-3, ... if another release of that name has results there."""
+    path = Path(path).resolve()
+    name = path.name if path.is_dir() else path.stem
+    folder = run / name
+    number = 1
+    while (folder / "results.json").exists():
+        if fingerprint in (folder / "results.json").read_text(encoding="utf-8"):
+            break  # the same release again
+        number += 1
+        folder = run / f"{name}-{number}"
+    return folder
+
+
+def evaluate_new(run, path, cache, device):
+    """The Evaluation of a run on another release, or its own, but for the lesions it has seen.
+
+    The results go to the folder RUN/NEW, with MILK10k's blind test its submission.csv too.
+    """
+    run = Path(run)
+    saved = model.read_run_file(run / "model.pt")
+    own = read_predictions(run)  # of its validation and test lesions
+    late_fusion = fit_late_fusion(own)
+    release = read_new(saved, path, cache)
+    p = predict_release(saved, release, device)
+    folder = folder_for_results(run, path, release.fingerprint)
+    evaluation = evaluate_predictions(folder, p, late_fusion)
+    num_labelled = evaluation.results["lesions"]
+    tested = f"{len(p.cases)} of {len(release.cases)} lesions tested, {num_labelled} labelled"
+    print(f"{path}: {tested}; see {folder}")
+    if release.kind == "milk10k" and num_labelled == 0:  # the blind test
+        write_submission(folder, evaluation, own, late_fusion, saved["class_counts"])
+    return evaluation
+
+
+# --------------------------------------------------------- one lesion: prediction and saliency
+
+
+def make_lesion_batch(network, saved, photos, about, device):
+    """The batch of one lesion; its photos take gradients. Raises RunError for a photo of no use.
+
+    photos: view -> path; about the patient: column -> text. Of two photos a missing one is replaced
+    by the other: one tensor under two names, in which the gradients of both add up.
+    """
+    views = views_read(network)
+    for view in photos:
+        if view not in views:
+            raise RunError(f"this run has learned from {views[0]} photos alone: omit --{view}")
+    if about and "words" not in network.inputs:
+        print("WARNING: this run reads no words about the patient: --about changes nothing")
+        about = {}
+    size = saved["flags"]["image_size"]
+    lesion = data.release_of_one(photos, about, size, saved["vocabulary"])
+    for note in lesion.notes:
+        print(note)
+    batch = data.make_batch(lesion, torch.tensor([0]), device)
+    for view in photos:
+        batch[view].requires_grad_()
+    if len(photos) < len(views):
+        (given,) = photos  # a third kind of photo would need a rule here
+        for view in views:
+            batch[view] = batch[given]
+    return batch
+
+
+def predict_one(network, batch, late_fusion):
+    """Calibrated probabilities, T tensors (1, n_t) with gradients; and CLNet's mask or None.
+
+    In float32, also of a run that predicts in bfloat16: one lesion is quick, and gradients in
+    bfloat16 are rough.
+    """
+    outputs = network(batch)
+    mask_logits = outputs.pop("mask", None)  # (1, 1, S, S)
+    if not outputs:  # a network that finds the mask alone
+        return [], mask_logits
+    probabilities = softmax_of_mean(outputs, late_fusion.weights, late_fusion.temperature)
+    return probabilities, mask_logits
+
+
+def certainty(probabilities):
+    """log(probability) of the likeliest class, summed over the tasks: what the maps explain."""
+    return sum(task_probabilities.max().log() for task_probabilities in probabilities)
+
+
+def saliency(probabilities, batch, views):
+    """Where a small change of the photo changes the certainty most: view -> an array (S, S).
+
+    The size of the gradient (Simonyan et al. 2014), summed over the colours and smoothed.
+    """
+    photos = [batch[view] for view in views]
+    gradients = torch.autograd.grad(certainty(probabilities), photos)
+    heats = {}
+    for view, gradient in zip(views, gradients):
+        heat = gradient.abs().sum(dim=1)  # (1, S, S)
+        kernel = 2 * (heat.shape[-1] // 32) + 1  # an odd number, a sixteenth of the side
+        heats[view] = gaussian_blur(heat, kernel)[0].cpu().numpy()
+    return heats
+
+
+# ---------------------------------------------------------------------------------- CLNet's maps
+
+
+def mask_overlaps(mask_logits, mask):
+    """How well the found mask fits the true one, (B, 1, S, S) each: overlap -> (B,).
+
+    jaccard: intersection / union. dice: 2 * intersection / (pixels of one + pixels of the other).
+    Where nothing is and nothing is found, both are 1.
+    """
+    found = (mask_logits > 0).flatten(1).cpu()  # (B, S * S)
+    true = (mask > 0.5).flatten(1).cpu()
+    intersection = (found & true).sum(dim=1).double()
+    union = (found | true).sum(dim=1)
+    total = found.sum(dim=1) + true.sum(dim=1)
+    jaccard = torch.where(union > 0, intersection / union, 1.0)
+    dice = torch.where(union > 0, 2 * intersection / total, 1.0)
+    return {"jaccard": jaccard.numpy(), "dice": dice.numpy()}
+
+
+def activation_map(network, batch, temperature):
+    """Which places of CLNet's last map count for the answer: an array (H_4, W_4).
+
+    CLNet's paper says Grad-CAM++, but Eq. 2 is Grad-CAM's weight; Eq. 3 has the ReLU in the sum.
+    """
+    maps = network.maps(batch)
+    logits = network.classify(maps)  # of CLNet's only branch, so there is nothing to fuse
+    probabilities = [torch.softmax(task_logits / temperature, dim=1) for task_logits in logits]
+    last_map = maps[-1]  # (1, C, H_4, W_4)
+    gradients = torch.autograd.grad(certainty(probabilities), [last_map])
+    importance = gradients[0].mean((2, 3), keepdim=True)  # Eq. 2: (1, C, 1, 1)
+    heat = (importance * last_map).relu().sum(dim=1)  # Eq. 3: (1, H_4, W_4)
+    return heat[0].detach().cpu().numpy()
+
+
+# ---------------------------------------------------------------------- one lesion: the picture
+
+WIDTH = 1200  # of the picture, in pixels, as all that follow
+GAP = 16
+PANEL = 280  # the side of a panel, at most: four of them and five gaps fill the width
+LINE = 28  # the height of a line of text
+TURQUOISE = (0, 190, 200)  # no colour of skin
+
 
 def overlay(photo, heat):
-    """The photo (S, S, 3) with a map over it, red where it is high."""
-    heat = heat.detach().cpu().numpy()
-    heat = 0.8 * heat / max(heat.max(), 1e-30)
-    heat = np.asarray(Image.fromarray(heat).resize(photo.shape[:2], Image.BILINEAR))[..., None]
-    return (photo * (1 - heat) + np.array([255, 80, 0]) * heat).astype(np.uint8)
+    """The photo (S, S, 3) uint8 with a map (h, w) over it, turquoise where it is high."""
+    heat = heat / max(heat.max(), 1e-30)
+    heat = Image.fromarray(heat.astype(np.float32)).resize(photo.shape[:2], Image.BILINEAR)
+    strength = 0.8 * np.asarray(heat)[:, :, None]  # (S, S, 1)
+    return (photo * (1 - strength) + np.array(TURQUOISE) * strength).astype(np.uint8)
 
-def main(argv=None):
-    """Prints what the flags ask for; returns the results of the first run, or the probabilities of one lesion."""
-    parser = argparse.ArgumentParser(description="The paper's tables from a run's predictions; an answer for a lesion.")
+
+def make_panels(photos, heats, mask_logits):
+    """Each photo and what there is to show on it: (title, picture (PANEL, PANEL, 3) uint8) pairs.
+
+    photos: view -> path; heats: view -> a map of what counts in it.
+    """
+    panels = []
+    for view, path in photos.items():
+        photo = data.decode(path, PANEL)
+        panels.append((f"{view} photo", photo))
+        if view in heats:
+            panels.append(("what counts in it (turquoise)", overlay(photo, heats[view])))
+        if mask_logits is not None:
+            mask = (mask_logits[0, 0] > 0).float().cpu().numpy()  # (S, S)
+            panels.append(("the mask it found (turquoise)", overlay(photo, mask)))
+    return panels
+
+
+def likeliest(classes):
+    """classes: {class: probability}."""
+    return max(classes, key=classes.get)
+
+
+def draw_text(canvas, x, y, text, size, width):
+    """Writes as much of the text as fits into `width` pixels."""
+    font = ImageFont.load_default(size)
+    while font.getlength(text) > width:
+        text = text[:-4] + "..."  # a letter less each time
+    canvas.text((x, y), text, "black", font)
+
+
+def draw_task(canvas, x, y, width, task, classes):
+    """One task: for each class its name, a bar and the percents. Returns the y below."""
+    draw_text(canvas, x, y, task, 18, width)
+    name_width = 0.4 * width
+    bar_width = 0.6 * width - 60  # of a probability of 1; the percents take 60
+    for name, probability in classes.items():
+        y += LINE
+        left = x + name_width
+        right = left + 1 + bar_width * probability
+        colour = TURQUOISE if name == likeliest(classes) else "darkgray"
+        draw_text(canvas, x, y, name, 16, name_width - 8)
+        canvas.rectangle((left, y + 2, right, y + 18), colour)
+        draw_text(canvas, x + width - 54, y, f"{percent(probability)}%", 16, 54)
+    return y + LINE + GAP
+
+
+def draw(path, panels, sentence, answer):
+    """Writes the picture: the panels under their titles, the answer as a sentence, and as bars.
+
+    panels: of make_panels; answer: task -> {class: probability}, up to four tasks side by side.
+    """
+    lines = textwrap.wrap(sentence, width=110)
+    height = 2 * PANEL + LINE * len(lines)
+    for classes in answer.values():
+        height += LINE * (len(classes) + 2) + GAP  # enough: the picture is cut at its end
+    picture = Image.new("RGB", (WIDTH, height), "white")
+    canvas = ImageDraw.Draw(picture)
+
+    side = min(PANEL, (WIDTH - GAP) // len(panels) - GAP)
+    for n, (title, panel) in enumerate(panels):
+        x = GAP + n * (side + GAP)
+        draw_text(canvas, x, GAP, title, 18, side)
+        picture.paste(Image.fromarray(panel).resize((side, side)), (x, GAP + LINE))
+    y = GAP + LINE + side + GAP
+    for line in lines:
+        draw_text(canvas, GAP, y, line, 20, WIDTH)
+        y += LINE
+
+    top = y + GAP  # of the tasks that stand side by side
+    bottom = top
+    in_a_row = min(4, max(2, len(answer)))
+    width = (WIDTH - GAP) // in_a_row - GAP
+    for n, (task, classes) in enumerate(answer.items()):
+        if n % in_a_row == 0:
+            top = bottom
+        x = GAP + n % in_a_row * (width + GAP)
+        bottom = max(bottom, draw_task(canvas, x, top, width, task, classes))
+    draw_text(canvas, GAP, bottom, "For research: this is no medical device.", 16, WIDTH)
+    with data.atomic_write(path) as temporary:
+        picture.crop((0, 0, WIDTH, bottom + LINE)).save(temporary, format="PNG")
+
+
+# ----------------------------------------------------------------------- one lesion: the answer
+
+
+def answer_one_lesion(run, photos, about, device):
+    """Prints a run's answer for one lesion, and draws it. Returns task -> {class: probability}.
+
+    photos: view -> path; about the patient: column -> text, for MAT. Of a run that reads two photos
+    one will do: then only its branch answers. Its temperature is fitted on validation lesions whose
+    branches read both photos, so that its probabilities are less well calibrated (in the demo the
+    calibration error rises from 8.1 to 11.1%).
+    """
+    run = Path(run)
+    saved = model.read_run_file(run / "model.pt")
+    network = model.load_run(saved, device)  # in evaluation mode
+    batch = make_lesion_batch(network, saved, photos, about, device)
+    p = read_predictions(run)
+    opening = "Most likely, with calibrated probabilities: "
+    if len(photos) < len(views_read(network)):
+        (given,) = photos  # a network of two photos has a branch with the name of each
+        p = replace(p, branches={given: p.branches[given]})
+        opening = f"Most likely by the {given} branch, with less reliable probabilities: "
+        print(f"only the {given} photo is given: the {given} branch answers alone, and because it")
+        print("was calibrated on lesions with both photos its probabilities are less reliable")
+    late_fusion = fit_late_fusion(p)  # of the branches in p: one alone has its own temperature
+
+    probabilities, mask_logits = predict_one(network, batch, late_fusion)
+    answer = {}
+    for (task, classes), values in zip(saved["tasks"].items(), probabilities):
+        answer[task] = dict(zip(classes, values[0].tolist()))
+    summary = []
+    for task, classes in answer.items():
+        best = likeliest(classes)
+        texts = [f"{name} {percent(probability)}%" for name, probability in classes.items()]
+        print(f"{task}: {best}   ({', '.join(texts)})")
+        summary.append(f"{task} {best} ({percent(classes[best])}%)")
+    sentence = opening + ", ".join(summary)
+
+    heats = {}  # view -> what counts in its photo
+    if not answer:
+        sentence = "This run finds the mask and no classes."
+    elif isinstance(network, model.CLNet):
+        (view,) = photos  # CLNet reads one
+        heats[view] = activation_map(network, batch, late_fusion.temperature)
+    else:
+        heats = saliency(probabilities, batch, list(photos))
+    stems = [Path(photo).stem for photo in photos.values()]
+    path = run / f"lesion-{'-'.join(stems)}.png"
+    panels = make_panels(photos, heats, mask_logits)
+    with warn_if_unwritable(path):
+        draw(path, panels, sentence, answer)
+        print(f"drawn in {path}")
+    print("For research: this is no medical device.")
+    return answer
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+
+def parse(argv):
+    """The flags; `photos` is view -> path, and `about` column -> text."""
+    parser = argparse.ArgumentParser(description="The tables of runs; the answer for one lesion.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a finished run")
-    add("--data", metavar="PATH", help="predict the run's own release, or the unseen lesions of another")
-    add("--cache", default="runs/cache", metavar="DIR", help="folder of the decoded photos [%(default)s]")
-    add("--device", help="where to predict [an accelerator, else cpu]")
-    add("--rule", default="near", choices=["near", "maximum"], help="how weights are chosen, see search_weights")
-    add("--compare-paper", action="store_true", help="the paper's figures beside ours, on the published derm7pt")
-    add("--against", nargs="+", default=[], metavar="OTHER", help="paired bootstrap of the difference from these runs")
+    add("--against", nargs="+", default=[], metavar="OTHER", help="runs to compare the RUNs with")
+    add("--data", metavar="NEW", help="a release to predict, but for the lesions a run has seen")
+    add("--cache", default="runs/cache", metavar="DIR", help="decoded photos [%(default)s]")
+    add("--device", help="where to predict [an accelerator if there is one, else cpu]")
     for view in data.VIEWS:
-        add(f"--{view}", metavar="PHOTO", help="a photo of one lesion")
-    add("--about", nargs="+", default=[], metavar="WORD", help="one lesion: its patient, such as age=45 sex=female")
+        add(f"--{view}", metavar="PHOTO", help=f"the {view} photo of one lesion")
+    about_help = "what is known of its patient, for MAT: age=45 sex=female"
+    add("--about", nargs="+", default=[], metavar="FACT", help=about_help)
     args = parser.parse_args(argv)
-    device, runs = model.find_device(args.device), args.runs + args.against
-    paths = {view: getattr(args, view) for view in data.VIEWS if getattr(args, view)}
-    if (paths or args.about) and (args.data or args.compare_paper or len(runs) > 1 or not paths):
-        parser.error("--clinical, --dermoscopy and --about ask one run about one lesion, and nothing else")
-    if paths:
-        told = {column: [text] for column, _, text in (each.partition("=") for each in args.about)}
-        about = {column: told[column] for column in data.METADATA if column in told} | told  # in the order of training
-        return one_lesion(runs[0], paths, about, device, args.rule)
-    saved = [load_checkpoint(Path(run) / "model.pt") for run in runs]
-    if len({(each["fingerprint"], *each["split"]) for each in saved}) > 1:
-        raise RunError(f"{', '.join(runs)} have different lesions (or only some have masks); look at them one by one")
-    if args.compare_paper and (args.data or len(args.runs) > 1 or not saved[0]["published"]):
-        raise RunError("--compare-paper: for one run on the published derm7pt, and its own lesions")
-    evaluated = [evaluate_new(run, args.data, args.cache, device, args.rule) if args.data
-                 else evaluate_run(run, rule=args.rule) for run in runs]
-    n, results, predicted = len(args.runs), [each for each, _ in evaluated], [p for _, p in evaluated]
-    if results[0] and n > 1:
-        print_groups(saved[:n], results)
-    elif results[0]:
-        print_tables(results[0], args.compare_paper)
-    if args.against and all(each and each["test"] for each in results):
-        for name, values in difference(predicted[:n], predicted[n:]).items():
-            gap, low, high = (f"{100 * value:+.1f}" for value in values)
-            print(f"{MEANS[name]}: RUN - OTHER = {gap} points, 95% interval {low} to {high}")
-    return results[0]
+    facts = args.about
+    args.about = {}
+    for fact in facts:
+        column, equals, text = fact.partition("=")
+        if not equals:
+            parser.error(f"--about {fact}: write column=value, such as sex=female")
+        args.about[column] = text
+    args.photos = {}
+    for view in data.VIEWS:
+        if vars(args)[view]:
+            args.photos[view] = vars(args)[view]
+    if args.about and not args.photos:
+        parser.error("--about is for one lesion: give its photo too")
+    if args.photos and (args.data or args.against or len(args.runs) > 1):
+        parser.error("one lesion is asked about with one run, without --data and --against")
+    return args
+
+
+def check_same_lesions(runs, evaluations):
+    """Runs are compared only on the same test lesions, whatever they have learned from."""
+    first = evaluations[0].predictions
+    first_is_test = first.split == "test"
+    for run, evaluation in zip(runs, evaluations):
+        p = evaluation.predictions
+        is_test = p.split == "test"
+        same_cases = np.array_equal(p.cases[is_test], first.cases[first_is_test])
+        same_labels = np.array_equal(p.labels[is_test], first.labels[first_is_test])
+        if p.tasks != first.tasks or not same_cases or not same_labels:
+            raise RunError(f"{runs[0]} and {run} have different test lesions: look at each alone")
+
+
+def main(argv=None):
+    """Prints what the flags ask for. Returns the first run's results; for one lesion its answer."""
+    args = parse(argv)
+    device = model.find_device(args.device)
+    if args.photos:
+        return answer_one_lesion(args.runs[0], args.photos, args.about, device)
+
+    runs = args.runs + args.against
+    for group in (args.runs, args.against):
+        if len(set(group)) < len(group):
+            raise RunError(f"a run is named twice: {', '.join(group)}")
+    evaluations = []
+    for run in runs:
+        if args.data:
+            evaluations.append(evaluate_new(run, args.data, args.cache, device))
+        else:
+            p = read_predictions(run)
+            evaluations.append(evaluate_predictions(Path(run), p, fit_late_fusion(p)))
+    check_same_lesions(runs, evaluations)
+
+    num_runs = len(args.runs)
+    all_means = [evaluation.results["means"] for evaluation in evaluations[:num_runs]]
+    if not any(all_means):
+        print("no tables: no test lesion has a label")
+    elif num_runs == 1:
+        print_tables(evaluations[0].results)
+    else:
+        print_runs(args.runs, all_means)
+    if args.against:
+        print_against(evaluations[:num_runs], evaluations[num_runs:])
+    return evaluations[0].results
+
 
 if __name__ == "__main__":
-    data.speak(main, data.DataError, RunError)
+    data.run_main(main, data.DataError, RunError)

@@ -1,10 +1,17 @@
-"""Releases of every kind, good and bad; splits; photos; the cache; pairs and augmentation; drawn lesions."""
+"""data.py: batches and augmentation; releases of every form, good and bad; splits; photos; words.
+
+The releases are made here, of photos of a few pixels. Each is small enough to be checked by hand.
+"""
+
 import csv
 import errno
 import hashlib
 import os
 import shutil
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,506 +24,1360 @@ import data
 from conftest import close
 from data import DataError
 
+CPU = torch.device("cpu")
+MILK10K_CLASSES = (
+    "AKIEC",
+    "BCC",
+    "BEN_OTH",
+    "BKL",
+    "DF",
+    "INF",
+    "MAL_OTH",
+    "MEL",
+    "NV",
+    "SCCKA",
+    "VASC",
+)
+ISIC2018_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
+
+
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     """The cache, runs/cache, is a new one for every test."""
     monkeypatch.chdir(tmp_path)
 
-# --------------------------------------------------------------------------------------------- small releases to break
 
-def photo(path, colour=None, **options):
-    """A one-colour photo; without a colour, one of a colour that no other name has."""
+# ------------------------------------------------ small releases, and how to change them
+
+
+def write_photo(path, colour=None):
+    """A photo of one colour; without a colour, of one that no photo with another name has."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    colour = colour or tuple(np.random.default_rng(list(path.name.encode())).integers(0, 256, 3).tolist())
-    Image.new("RGB", (12, 8), colour).save(path, **options)
+    if colour is None:
+        rng = np.random.default_rng(list(path.name.encode()))
+        colour = tuple(rng.integers(0, 256, 3).tolist())
+    Image.new("RGB", (12, 8), colour).save(path)
 
-def write(path, columns, rows):
+
+def read_rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
+        csv.writer(file).writerows(rows)
 
-def rewrite(path, change):
-    """The CSV file with `change` applied to its list of rows; the first is the header."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    change(rows)
-    write(path, rows[0], rows[1:])
 
-def add(path, column, values):
-    """A further column; the last value stands for all that follow."""
-    def change(rows):
+def change_cell(path, line, column, text):
+    """Line 0 is the header."""
+    change_cells(path, [line], column, text)
+
+
+def change_cells(path, lines, column, text):
+    rows = read_rows(path)
+    for line in lines:
+        rows[line][rows[0].index(column)] = text
+    write_rows(path, rows)
+
+
+def add_columns(path, columns):
+    """columns: name -> texts, of which the last stands for all lines that follow."""
+    rows = read_rows(path)
+    for column, texts in columns.items():
         for n, row in enumerate(rows):
-            row.append([column, *values][min(n, len(values))])
-    rewrite(path, change)
+            row.append(column if n == 0 else texts[min(n, len(texts)) - 1])
+    write_rows(path, rows)
 
-def put(path, row, column, value):
-    """One cell of a table anew; row 0 is the header."""
-    rewrite(path, lambda rows: rows[row].__setitem__(rows[0].index(column), value))
+
+def remove_column(path, column):
+    rows = read_rows(path)
+    place = rows[0].index(column)
+    write_rows(path, [row[:place] + row[place + 1 :] for row in rows])
+
+
+def keep_lines(path, count):
+    write_rows(path, read_rows(path)[: 1 + count])
+
+
+def repeat_line(path, line):
+    rows = read_rows(path)
+    write_rows(path, [*rows, rows[line]])
+
+
+def replace_bytes(path, old, new):
+    contents = path.read_bytes()
+    assert old in contents
+    path.write_bytes(contents.replace(old, new))
+
+
+def append_bytes(path, new):
+    path.write_bytes(path.read_bytes() + new)
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
 
 def make_pairs(folder, n=40):
+    """An own CSV file: pairs.csv, a task "lesion" of the classes a and b in turn."""
+    rows = [["clinical", "dermoscopy", "lesion"]]
     for i in range(n):
-        photo(folder / f"c{i}.png")
-        photo(folder / f"d{i}.png")
-    rows = [(f"c{i}.png", f"d{i}.png", "ab"[i % 2]) for i in range(n)]
-    write(folder / "pairs.csv", ["clinical", "dermoscopy", "lesion"], rows)
+        write_photo(folder / f"c{i}.png")
+        write_photo(folder / f"d{i}.png")
+        rows.append([f"c{i}.png", f"d{i}.png", "ab"[i % 2]])
+    write_rows(folder / "pairs.csv", rows)
     return folder
 
-def make_milk(folder, n=40, flat=False):
-    rows = []
+
+def one_hot_rows(id_column, names, classes, labels):
+    rows = [[id_column, *classes]]
+    for name, label in zip(names, labels):
+        rows.append([name, *(float(each == label) for each in classes)])
+    return rows
+
+
+def make_milk10k(folder, n=40, part="Training", flat=False):
+    """MILK10k: lesions BCC and NV in turn; the photos of lesion i are ISIC_(2i) and ISIC_(2i+1)."""
+    columns = ["lesion_id", "image_type", "isic_id", "age_approx", "sex", "skin_tone_class", "site"]
+    rows = [columns]
+    lesions = [f"IL_{i:07}" for i in range(n)]
+    for i, lesion in enumerate(lesions):
+        for side, image_type in enumerate(("clinical: close-up", "dermoscopic")):
+            image = f"ISIC_{2 * i + side:07}"
+            inner = "images" if flat else f"MILK10k_{part}_Input/{lesion}"
+            write_photo(folder / inner / f"{image}.jpg")
+            rows.append([lesion, image_type, image, 50, "male", 3, "trunk"])
+    write_rows(folder / f"MILK10k_{part}_Metadata.csv", rows)
+    rows = one_hot_rows("lesion_id", lesions, MILK10K_CLASSES, ["BCC", "NV"] * n)
+    write_rows(folder / f"MILK10k_{part}_GroundTruth.csv", rows)
+    return folder
+
+
+def make_isic(folder, n=40, image_types=("clinical: close-up", "dermoscopic")):
+    """A download of the ISIC Archive: two images of each lesion, two lesions of each patient."""
+    rows = [["isic_id", "lesion_id", "patient_id", "image_type", "diagnosis_1", "sex"]]
     for i in range(n):
-        for side, kind in enumerate(("clinical: close-up", "dermoscopic")):
-            name = f"ISIC_{2 * i + side:07}"
-            inner = "images" if flat else f"MILK10k_Training_Input/IL_{i:07}"
-            photo(folder / inner / f"{name}.jpg")
-            rows.append((f"IL_{i:07}", kind, name, 50, "male", 3, "trunk"))
-    write(folder / "MILK10k_Training_Metadata.csv",
-          ["lesion_id", "image_type", "isic_id", "age_approx", "sex", "skin_tone_class", "site"], rows)
-    write(folder / "MILK10k_Training_GroundTruth.csv", ["lesion_id", *data.MILK10K],
-          [(f"IL_{i:07}", *(float(k == (1, 8)[i % 2]) for k in range(11))) for i in range(n)])
+        diagnosis = ("Benign", "Malignant")[i % 2]
+        for image_type in image_types:
+            image = f"ISIC_{len(rows) - 1:07}"
+            write_photo(folder / f"{image}.jpg")
+            rows.append([image, f"IL_{i}", f"IP_{i // 2}", image_type, diagnosis, "female"])
+    write_rows(folder / "metadata.csv", rows)
     return folder
 
-def make_isic(folder, n=40):
-    rows = []
-    for i in range(n):
-        for kind in ("clinical: close-up", "dermoscopic"):
-            name = f"ISIC_{len(rows):07}"
-            photo(folder / f"{name}.jpg")
-            rows.append((name, f"IL_{i}", f"IP_{i // 2}", kind, ("Benign", "Malignant")[i % 2], "female"))
-    write(folder / "metadata.csv", ["isic_id", "lesion_id", "patient_id", "image_type", "diagnosis_1", "sex"], rows)
-    return folder
-
-@pytest.fixture
-def spc(release, tmp_path):
-    """The synthetic SPC with tables that pass for real ones, and a link to the photos: 60 cases, 25 / 12 / 23."""
-    folder = tmp_path / "release_v0"
-    shutil.copytree(release / "meta", folder / "meta")
-    (folder / "images").symlink_to(release / "images")
-    rewrite(folder / "meta/meta.csv", lambda rows: [row.__setitem__(-1, "") for row in rows[1:]])
-    return folder
-
-@pytest.fixture
-def spc_photos(spc, release):
-    """The same with photos of its own, to be changed."""
-    (spc / "images").unlink()
-    shutil.copytree(release / "images", spc / "images")
-    return spc
-
-def names(found):
-    """The photos of a release as the colours that `photo` gave them, to tell which is which."""
-    return found.pixels[:, :, 8, 8].tolist()
-
-# ------------------------------------------------------------------------------------------------------- what is read
-
-def test_spc_labels_follow_the_strings(spc):
-    found = data.read(spc, 16)
-    with open(spc / "meta/meta.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert found.kind == "spc" and found.cases == [row["case_num"] for row in rows] and found.metadata["sex"]
-    for n, row in enumerate(rows):
-        for t, (column, classes) in enumerate(data.SPC.values()):
-            assert row[column] in list(classes.values())[found.labels[n, t]]
-        for v, column in enumerate(("clinic", "derm")):
-            assert (found.pixels[n, v] == data.decode(spc / "images" / row[column], 16)).all()
-    assert Counter(found.split.tolist()) == {"train": 25, "valid": 12, "test": 23}
-    assert not found.published and any("not derm7pt's published" in note for note in found.notes)
-
-@pytest.mark.parametrize("layout", ["nested", "flat", "linked", "its table"])
-def test_milk10k_in_every_layout(tmp_path, layout):
-    folder = path = make_milk(tmp_path / "milk", 24, flat=layout == "flat")
-    if layout == "linked":
-        (folder / "MILK10k_Training_Input").rename(tmp_path / "elsewhere")
-        (folder / "MILK10k_Training_Input").symlink_to(tmp_path / "elsewhere")
-    if layout == "its table":
-        path = folder / "MILK10k_Training_GroundTruth.csv"
-    found = data.read(path, 16)
-    assert found.kind == "milk10k" and found.tasks == {"DIAG": data.MILK10K} and found.views == data.VIEWS
-    assert found.labels[:, 0].tolist() == [1, 8] * 12 and found.metadata["skin_tone_class"] == ["3"] * 24
-    for n in range(24):
-        for v in range(2):
-            file, = tmp_path.rglob(f"ISIC_{2 * n + v:07}.jpg")
-            assert (found.pixels[n, v] == data.decode(file, 16)).all()
-
-def test_isic_pairs_are_made_by_the_stated_rules(tmp_path):
-    def change(rows):
-        rows[1][3] = "clinical: overview"  # lesion 0: a close-up with a higher isic_id goes first
-        rows.append(["ISIC_9000000", "IL_0", "IP_0", "clinical: close-up", "Benign", "female"])
-        rows[3][3] = "TBP tile: close-up"  # lesion 1 has no clinical photo any more
-        rows[5][1] = ""  # nor has lesion 2: that photo lacks its lesion_id
-        rows[7][4] = rows[8][4] = "Indeterminate"  # lesion 3
-        rows.insert(1, ["ISIC_9000001", "IL_0", "IP_0", "dermoscopic", "Benign", "female"])  # the lower id goes first
-    make_isic(tmp_path)
-    photo(tmp_path / "ISIC_9000000.jpg", (9, 99, 199))
-    photo(tmp_path / "ISIC_9000001.jpg")
-    rewrite(tmp_path / "metadata.csv", change)
-    found = data.read(tmp_path, 16)
-    assert found.kind == "isic" and len(found.cases) == 37 and not {"IL_1", "IL_2", "IL_3"} & set(found.cases)
-    assert found.cases[0] == "IL_0" and np.abs(names(found)[0][0] - np.array([9, 99, 199])).max() < 4
-    assert (found.pixels[0, 1] == data.decode(tmp_path / "ISIC_0000001.jpg", 16)).all()
-    assert "1 lesions have no label" in " ".join(found.notes)
-    split = dict(zip(found.cases, found.split))
-    assert all(split[f"IL_{2 * p}"] == split[f"IL_{2 * p + 1}"] for p in range(2, 20)), "a patient in two splits"
-
-def test_your_own_pairs(tmp_path):
-    table = make_pairs(tmp_path) / "pairs.csv"
-    add(table, "split", ["train"] * 20 + ["Valid"] * 19 + ["TEST"])
-    add(table, "network", ["typical", *["absent", ""] * 19, "absent"])
-    add(table, "sex", ["2"])
-    for path in (tmp_path, table):
-        found = data.read(path, 16)
-        assert found.kind == "pairs" and found.tasks == {"lesion": ("a", "b"), "network": ("absent", "typical")}
-        assert Counter(found.split.tolist()) == {"train": 20, "valid": 19, "test": 1}
-        assert found.metadata == {"sex": ["2"] * 40}
-        assert found.labels[:4].tolist() == [[0, 1], [1, 0], [0, -1], [1, 0]]
-
-def test_to_predict_neither_labels_nor_a_split_are_needed(tmp_path):
-    rewrite(make_pairs(tmp_path, 3) / "pairs.csv", lambda rows: [row.pop() for row in rows])
-    found = data.read(tmp_path, 16, to_train=False)
-    assert found.labels.shape == (3, 0) and len(found.pixels) == 3
-    with pytest.raises(DataError, match="no lesion with all its photos and a label"):
-        data.read(tmp_path, 16)
-
-@pytest.mark.filterwarnings("ignore:The least populated class")
-@pytest.mark.parametrize("text", ["", "?", "NaN", "N/A", "#N/A", "<NA>", "null", "Unknown"])
-def test_unknown_texts_are_no_class(text, tmp_path):
-    table = make_pairs(tmp_path, 24) / "pairs.csv"
-    put(table, 1, "lesion", text)
-    add(table, "other", ["a", text, "b", "a", "b"])
-    found = data.read(tmp_path, 16)
-    assert found.tasks == {"lesion": ("a", "b"), "other": ("a", "b")}
-    assert found.labels[:2].tolist() == [[-1, 0], [1, -1]]
-
-def test_the_case_of_letters_in_a_path(tmp_path):
-    table = make_pairs(tmp_path) / "pairs.csv"
-    photo(tmp_path / "C3.PNG", (1, 2, 3))  # beside c3.png: exact names go before similar ones
-    put(table, 5, "clinical", "C3.PNG")
-    (tmp_path / "NEL").mkdir()
-    (tmp_path / "c7.png").rename(tmp_path / "NEL/c7.PNG")
-    put(table, 8, "clinical", "nel/C7.png")
-    found = data.read(tmp_path, 16)
-    assert names(found)[4][0] == [1, 2, 3] != names(found)[3][0]
-    assert (found.pixels[7, 0] == data.decode(tmp_path / "NEL/c7.PNG", 16)).all()
-
-def test_lesions_that_milk10k_does_not_pair_are_named(tmp_path):
-    rewrite(make_milk(tmp_path) / "MILK10k_Training_Metadata.csv", lambda rows: [rows.pop(3), rows.pop(3)])
-    assert any("ground truth without two photos: IL_0000001 (1" in note for note in data.read(tmp_path, 16).notes)
-
-# ------------------------------------------------------------------------------------------------------ masks and words
 
 def make_ham(folder, n=40):
-    """HAM10000's layout: photos in two folders; the mask of photo i is white in its first i columns of 40."""
-    rows = []
+    """HAM10000: two photos of each lesion. The mask of photo i is white in its first i columns."""
+    columns = ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"]
+    rows = [columns]
     (folder / "masks").mkdir(parents=True)
     for i in range(n):
-        name = f"ISIC_{i:07}"
-        photo(folder / f"HAM10000_images_part_{i % 2 + 1}" / f"{name}.jpg")
+        image = f"ISIC_{i:07}"
+        write_photo(folder / f"HAM10000_images_part_{i % 2 + 1}" / f"{image}.jpg")
         mask = np.zeros((40, 40), np.uint8)
         mask[:, :i] = 255
-        Image.fromarray(mask).save(folder / "masks" / f"{name}_segmentation.png")
-        rows.append((f"HAM_{i // 2:07}", name, ("nv", "mel")[i // 2 % 2], "follow_up", 45.0, "male", "lower extremity"))
-    write(folder / "HAM10000_metadata.csv", ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"],
-          rows)
-    write(folder / "ISIC2018_Task3_Test_GroundTruth.csv", ["image_id", "dx"], [("ISIC_1", "nv")])  # comes with it
+        Image.fromarray(mask).save(folder / "masks" / f"{image}_segmentation.png")
+        label = ("nv", "mel")[i // 2 % 2]
+        rows.append(
+            [f"HAM_{i // 2:07}", image, label, "follow_up", 45.0, "male", "lower extremity"]
+        )
+    write_rows(folder / "HAM10000_metadata.csv", rows)
+    comes_with_it = folder / "ISIC2018_Task3_Test_GroundTruth.csv"
+    write_rows(comes_with_it, [["image_id", "dx"], ["ISIC_1", "nv"]])
     return folder
 
-def test_ham10000_with_its_masks(tmp_path):
-    found = data.read(make_ham(tmp_path / "ham", 80), 40, masks=True)
-    assert found.kind == "ham" and found.views == ("dermoscopy", "mask") and found.tasks == {"DIAG": data.HAM10000}
-    assert Counter(found.split) == {"train": 64, "valid": 8, "test": 8}  # MAT, Sec. 3.1
-    assert all(len(set(found.split[n:n + 2])) == 1 for n in range(0, 80, 2)), "two photos of a lesion in two splits"
-    assert (found.labels[:4, 0] == [5, 5, 4, 4]).all() and "dx_type" not in found.metadata
-    white = [int(mask[0, :, 0].sum()) // 255 for mask in found.pixels[:20, 1]]
-    assert white == list(range(20)), "masks of other photos"
-    assert data.read(tmp_path / "ham", 40).views == ("dermoscopy",)
-    for path in (tmp_path / "ham/masks").iterdir():  # 0 and 1 instead of 0 and 255
-        Image.fromarray(np.asarray(Image.open(path)) // 255).save(path)
-    with pytest.raises(DataError, match="empty masks; they must be 255 inside"):
-        data.read(tmp_path / "ham", 40, masks=True)
-    (tmp_path / "ham/masks/ISIC_0000007_segmentation.png").unlink()
-    with pytest.raises(DataError, match="ISIC_0000007_segmentation"):
-        data.read(tmp_path / "ham", 40, masks=True)
 
-def test_isic_2017_has_three_splits_two_tasks_and_masks(tmp_path):
-    for part, first, last in (("Training", 0, 6), ("Validation", 6, 10), ("Test_v2", 10, 14)):
-        rows = [(f"ISIC_{n:07}", float(n % 2), float(n % 3 == 0)) for n in range(first, last)]
-        write(tmp_path / f"ISIC-2017_{part}_Part3_GroundTruth.csv", ["image_id", "melanoma", "seborrheic_keratosis"],
-              rows)
-        for name, *_ in rows:
-            photo(tmp_path / f"ISIC-2017_{part}_Data" / f"{name}.jpg")
-            photo(tmp_path / f"ISIC-2017_{part}_Part1_GroundTruth" / f"{name}_segmentation.png")
-    found = data.read(tmp_path, 16, masks=True)
-    assert found.kind == "isic17" and found.split.tolist() == ["train"] * 6 + ["valid"] * 4 + ["test"] * 4
-    assert found.labels.tolist() == [[n % 2, int(n % 3 == 0)] for n in range(14)] and found.views == ("dermoscopy",
-                                                                                                      "mask")
+def make_isic2018(folder, parts=(("Training", 24), ("Validation", 6), ("Test", 6))):
+    """ISIC 2018 task 3 as it is downloaded: a folder for each table and for its photos."""
+    first = 0
+    for part, n in parts:
+        images = [f"ISIC_{first + i:07}" for i in range(n)]
+        name = f"ISIC2018_Task3_{part}_GroundTruth"
+        rows = one_hot_rows("image", images, ISIC2018_CLASSES, ["NV", "MEL"] * n)
+        write_rows(folder / name / f"{name}.csv", rows)
+        for image in images:
+            write_photo(folder / f"ISIC2018_Task3_{part}_Input" / f"{image}.jpg")
+        first += n
+    return folder
+
+
+@pytest.fixture
+def spc(spc_folder, tmp_path):
+    """The synthetic SPC with tables that pass for real ones: 60 cases, 25 / 12 / 23.
+
+    Its photos are a link: do not change them.
+    """
+    folder = tmp_path / "release_v0"
+    shutil.copytree(spc_folder / "meta", folder / "meta")
+    (folder / "images").symlink_to(spc_folder / "images")
+    change_cells(folder / META, range(1, 61), "notes", "")
+    return folder
+
+
+@pytest.fixture
+def spc_with_photos(spc, spc_folder):
+    """The same with photos of its own."""
+    (spc / "images").unlink()
+    shutil.copytree(spc_folder / "images", spc / "images")
+    return spc
+
+
+META = "meta/meta.csv"
+TRUTH = "MILK10k_Training_GroundTruth.csv"
+OWN = "pairs.csv"
+
+
+# ----------------------------------------------------------------- batches, augmentation
+
+
+def release_of(pixels, views=data.VIEWS):
+    """A Release of these pixels (N, V, S, S, 3), whose labels and words are their numbers."""
+    n = len(pixels)
+    numbers = torch.arange(n).view(n, 1)
+    cases = [f"case {i}" for i in range(n)]
+    return data.Release(
+        kind="pairs",
+        tasks={"number": tuple(cases)},
+        views=views,
+        cases=cases,
+        lesion_ids=[""] * n,
+        patients=[""] * n,
+        labels=numbers,
+        split=np.array(["train"] * n),
+        pixels=pixels,
+        words=torch.cat((torch.ones_like(numbers), numbers), 1),
+        vocabulary=["", "begin"],
+        photo_hashes=np.array([[f"{i}{view}" for view in views] for i in range(n)]),
+    )
+
+
+def test_a_batch_holds_the_rows_asked_for_normalised_as_by_torchvision():
+    pixels = torch.randint(0, 256, (5, 2, 16, 16, 3), dtype=torch.uint8)
+    rows = torch.tensor([3, 0, 4])
+    batch = data.make_batch(release_of(pixels), rows, CPU)
+    assert sorted(batch) == ["clinical", "dermoscopy", "labels", "words"]
+    assert batch["labels"].tolist() == [[3], [0], [4]]
+    assert batch["words"].tolist() == [[1, 3], [1, 0], [1, 4]]
+    for v, view in enumerate(data.VIEWS):
+        photos = pixels[rows, v].permute(0, 3, 1, 2) / 255
+        expected = normalize(photos, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        assert batch[view].dtype == torch.float32
+        close(batch[view], expected, 1e-6)
+
+
+def test_a_pair_stays_a_pair_with_its_label(tmp_path):
+    """Photos with a printed code, through the reader, the cache, shuffling and augmentation."""
+    table = [["clinical", "dermoscopy", "number", "case"]]
+    for i in range(64):
+        code = [255 * (i >> bit & 1) for bit in range(6)]  # six bars, black or white
+        for name, blue in ((f"c{i}", 0), (f"d{63 - i}", 255)):  # the dermoscopy photo is blue
+            bars = np.zeros((48, 48, 3), np.uint8)
+            bars[..., 0] = np.repeat(code, 8)
+            bars[..., 2] = blue
+            Image.fromarray(bars).save(tmp_path / f"{name}.png")
+        table.append([f"c{i}.png", f"d{63 - i}.png", i % 2, i])
+    write_rows(tmp_path / "pairs.csv", table)
+    release = data.read(tmp_path, 48)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(64, generator=generator)
+    plain = data.make_batch(release, rows, CPU)
+    augmented = data.make_batch(release, rows, CPU, generator)
+    for n, row in enumerate(rows.tolist()):
+        red = plain["clinical"][n, 0]
+        number = sum(int(red[24, 8 * bit + 4] > 0) << bit for bit in range(6))
+        assert number == row == int(release.cases[row])
+        assert plain["labels"][n] == number % 2
+        for batch in (plain, augmented):
+            clinical, dermoscopy = batch["clinical"][n], batch["dermoscopy"][n]
+            assert clinical[2].mean() < dermoscopy[2].mean() - 1, "the photos changed places"
+            if 0 < row < 63:  # the same bars at the same places: one geometry for both
+                bars = clinical[0] > clinical[0].mean()
+                assert (bars == (dermoscopy[0] > dermoscopy[0].mean())).float().mean() > 0.97
+
 
 def test_a_mask_moves_with_its_photo_and_has_no_colour():
-    """The photo is its own mask, black and white: they stay the same wherever augmentation takes them."""
+    """The photo is its own mask, black and white: they stay alike wherever they are moved."""
     pixels = torch.zeros(40, 2, 32, 32, 3, dtype=torch.uint8)
     pixels[:, :, 4:14, 6:22] = 255
-    inputs = data.augment(pixels, ("dermoscopy", "mask"), torch.Generator().manual_seed(0))
-    assert inputs["mask"].shape == (40, 1, 32, 32) and set(inputs["mask"].unique().tolist()) == {0.0, 1.0}
-    for shown, mask in zip(inputs["dermoscopy"][:, 0], inputs["mask"][:, 0]):
-        middle = (shown.min() + shown.max()) / 2
-        assert ((shown > middle).float() == mask).float().mean() > 0.97
-    plain = data.as_inputs(pixels, ("dermoscopy", "mask"))["mask"]
-    assert (plain[:, 0] == (pixels[:, 1, :, :, 0] > 127)).all()
+    release = release_of(pixels, ("dermoscopy", "mask"))
+    rows = torch.arange(40)
+    batch = data.make_batch(release, rows, CPU, torch.Generator().manual_seed(0))
+    assert batch["mask"].shape == (40, 1, 32, 32)
+    assert set(batch["mask"].unique().tolist()) == {0.0, 1.0}
+    for photo, mask in zip(batch["dermoscopy"][:, 0], batch["mask"][:, 0]):
+        middle = (photo.min() + photo.max()) / 2
+        assert ((photo > middle).float() == mask).float().mean() > 0.97
+    moved = data.augment(pixels.clamp(max=200), release.views, torch.Generator().manual_seed(0))
+    brightest = moved[:, 1].amax((1, 2, 3))
+    assert (brightest - 200).abs().max() < 0.01, "brightness or contrast of a mask"
+    plain = data.make_batch(release, rows, CPU)["mask"]
+    assert torch.equal(plain[:, 0], (pixels[:, 1, :, :, 0] > 127).float())
 
-def test_words_are_the_same_in_every_release():
-    assert data.word("age", "45.0") == data.word("age_approx", "40") == "age from 40"
-    assert data.word("age", "0.0") == "age from 0"
-    for column in ("site", "localization", "location", "anatom_site_general"):
-        assert data.word(column, "Lower_Extremity") == "site lower extremity"
-        words = data.as_words({column: ["face", "trunk"]}, ["", "begin", "site face", "site trunk"], 2)
-        assert words.tolist() == [[1, 2], [1, 3]]
 
-def test_the_vocabulary_is_learned_from_the_training_split_alone(tmp_path):
-    folder = make_pairs(tmp_path, 60)
-    add(folder / "pairs.csv", "split", ["train"] * 20 + ["valid"] * 20 + ["test"])
-    add(folder / "pairs.csv", "sex", ["male"] * 10 + [""] * 10 + ["female"])
-    add(folder / "pairs.csv", "age", ["30", "unknown", "71"] * 19 + ["12"])
-    found = data.read(folder, 16)
-    vocabulary = data.make_vocabulary(found)
-    assert vocabulary == ["", "begin", "age from 20", "age from 60", "sex male"]
-    words = data.as_words(found.metadata, vocabulary, 60)
-    assert words[:3].tolist() == [[1, 2, 4], [1, 4, 0], [1, 3, 4]] and words[30].tolist() == [1, 2, 0]
-    assert words[59].tolist() == [1, 0, 0], "words of the test split were learned"
+def test_augmentation_is_drawn_from_the_generator_alone():
+    pixels = torch.randint(0, 256, (20, 2, 16, 16, 3), dtype=torch.uint8)
+    copies = []
+    for seed in (0, 0, 1):
+        torch.rand(3)  # another state of torch's own generator
+        copies.append(data.augment(pixels, data.VIEWS, torch.Generator().manual_seed(seed)))
+    assert torch.equal(copies[0], copies[1])
+    assert not torch.equal(copies[0], copies[2])
 
-def test_a_release_has_one_fingerprint_to_train_and_to_predict(tmp_path):
-    """Also if some of its lesions, indeterminate ones, are only there to be predicted."""
-    folder = make_isic(tmp_path)
-    put(folder / "metadata.csv", 7, "diagnosis_1", "Indeterminate")
-    put(folder / "metadata.csv", 8, "diagnosis_1", "Indeterminate")
-    whole, known = data.read(folder, 16, to_train=False), data.read(folder, 16)
-    assert (len(whole.cases), len(known.cases)) == (40, 39) and whole.fingerprint == known.fingerprint
 
-# ----------------------------------------------------------------------------------------------------------- the splits
+def augmented_copies(n):
+    """Augmented copies of a map, as clinical and as dermoscopy photo: (n, 3, 40, 40) each.
+
+    Red and green say where a place lies in the photo, x and y; blue has two levels, which tell
+    contrast and brightness.
+    """
+    side = (torch.arange(40) * 2 + 1) / 40 - 1  # from -1 to 1
+    pixels = torch.empty(1, 2, 40, 40, 3)
+    pixels[..., 0] = 120 + 40 * side
+    pixels[..., 1] = 120 + 40 * side[:, None]
+    pixels[..., 2] = 80 + 80 * (side > 0)
+    generator = torch.Generator().manual_seed(0)
+    copies = data.augment(pixels.expand(n, -1, -1, -1, -1), data.VIEWS, generator)
+    return copies[:, 0], copies[:, 1]
+
+
+def read_the_map(copies):
+    """What was done: matrices (n, 2, 3), contrast (n,), brightness (n,)."""
+    blue = copies[:, 2].flatten(1)
+    low, high = blue.min(1).values, blue.max(1).values
+    contrast = (high - low) / 80
+    brightness = low - 80 * contrast
+    colours = (copies[:, :2] - brightness.view(-1, 1, 1, 1)) / contrast.view(-1, 1, 1, 1)
+    places = (colours - 120) / 40  # (n, 2, 40, 40), from -1 to 1
+    side = (torch.arange(40) * 2 + 1) / 40 - 1
+    y, x = torch.meshgrid(side, side, indexing="ij")
+    near = (x.abs() < 0.3) & (y.abs() < 0.3)  # what is shown here is never reflected
+    shown_at = torch.stack((x[near], y[near], torch.ones(int(near.sum()))), 1)
+    matrices = places[:, :, near] @ torch.linalg.pinv(shown_at).mT
+    return matrices, contrast, brightness / 255
+
+
+def occurs(condition, share):
+    assert abs(condition.float().mean() - share) < 0.05, (
+        f"{condition.float().mean():.3f}, not {share}"
+    )
+
+
+def is_uniform(values, low, high):
+    assert values.min() > low - 0.003
+    assert values.max() < high + 0.003
+    for quarter in range(4):
+        occurs((values - low) / (high - low) < quarter / 4, quarter / 4)
+
+
+def test_each_step_of_the_papers_augmentation_occurs_with_its_probability_and_range():
+    n = 1000
+    clinical, dermoscopy = augmented_copies(n)
+    geometry, contrast, brightness = read_the_map(clinical)
+    other_geometry, other_contrast, other_brightness = read_the_map(dermoscopy)
+    assert (geometry - other_geometry).abs().max() < 1e-3, "both photos share the geometry"
+
+    matrix, shift = geometry[:, :, :2], geometry[:, :, 2]
+    zoom = torch.linalg.det(matrix).abs() ** -0.5
+    rigid = matrix @ matrix.mT * zoom.view(n, 1, 1) ** 2
+    assert (rigid - torch.eye(2)).abs().max() < 0.01, "nothing but flips, turns and zoom"
+    occurs(torch.linalg.det(matrix) < 0, 1 / 2)  # one flip, not two
+    is_moved = (zoom - 1).abs() + shift.abs().sum(1) > 0.003
+    occurs(is_moved, 1 / 2)
+    is_uniform(zoom[is_moved], 0.5, 1.5)
+    is_uniform(shift[is_moved].flatten(), -1 / 8, 1 / 8)
+    angle = torch.rad2deg(torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]))
+    is_uniform((angle[is_moved] + 45) % 90, 0, 90)
+    still = angle[~is_moved].round()
+    assert set(still.abs().tolist()) <= {0, 90, 180}
+    occurs(still.abs() == 90, 1 / 4)  # a quarter turn in half of the copies, by 0 to 3 quarters
+    occurs(still == 0, 3 / 8)
+
+    is_lit = (contrast - 1).abs() > 1e-5
+    other_is_lit = (other_contrast - 1).abs() > 1e-5
+    occurs(is_lit, 1 / 2)
+    occurs(is_lit & other_is_lit, 1 / 4)  # each photo has its own light
+    occurs((contrast - other_contrast).abs() < 1e-3, 1 / 4)  # if neither photo has another one
+    is_uniform(contrast[is_lit], 0.8, 1.2)
+    is_uniform(other_contrast[other_is_lit], 0.8, 1.2)
+    is_uniform(brightness[is_lit], -0.2, 0.2)
+    is_uniform(other_brightness[other_is_lit], -0.2, 0.2)
+    assert brightness[~is_lit].abs().max() < 0.001
+
+
+def test_a_release_moves_to_a_device_with_labels_and_words():
+    release = release_of(torch.zeros(4, 2, 8, 8, 3, dtype=torch.uint8))
+    moved = release.to(torch.device("meta"))  # a device without memory
+    assert (moved.labels.device.type, moved.words.device.type) == ("meta", "meta")
+    assert (moved.pixels.device.type, release.labels.device.type) == ("cpu", "cpu")
+
+
+# ------------------------------------------------------- releases of every form: derm7pt
+
+
+def test_spc_labels_follow_the_texts(spc):
+    release = data.read(spc, 16)
+    rows = read_rows(spc / META)
+    lines = [dict(zip(rows[0], row)) for row in rows[1:]]
+    assert release.kind == "spc"
+    assert release.tasks == data.SPC_TASKS
+    assert release.cases == [line["case_num"] for line in lines]
+    assert release.metadata == {"sex": [line["sex"] for line in lines]}
+    for n, line in enumerate(lines):
+        for t, (task, column) in enumerate(data.SPC_COLUMNS.items()):
+            name = release.tasks[task][release.labels[n, t]]
+            assert line[column] in data.SPC_TEXTS[task][name]
+        for v, column in enumerate(("clinic", "derm")):
+            photo = data.decode(spc / "images" / line[column], 16)
+            assert (release.pixels[n, v].numpy() == photo).all()
+    assert Counter(release.split.tolist()) == {"train": 25, "valid": 12, "test": 23}
+    assert release.rows("valid").tolist() == list(range(25, 37))
+    assert not release.published
+    assert "not derm7pt's published" in " ".join(release.notes)
+
+
+def test_the_labels_of_derm7pt_are_all_known():
+    """Counted in the published table: 24 classes of 8 tasks, and the texts that occur in it."""
+    texts = sum(len(texts) for classes in data.SPC_TEXTS.values() for texts in classes.values())
+    assert sum(len(classes) for classes in data.SPC_TASKS.values()) == 24
+    assert texts == 20 + 3 + 3 + 5 + 4 + 3 + 2 + 8
+
 
 def publish(folder, monkeypatch):
-    """The hash of this release becomes that of the published one; it is made from the strings of the tables."""
+    """This release becomes the published one: its hash is made from the texts of the tables."""
     code = np.zeros((60, 9), np.int8)
-    with open(folder / "meta/meta.csv", newline="") as file:
-        for n, row in enumerate(csv.DictReader(file)):
-            for t, (column, classes) in enumerate(data.SPC.values()):
-                code[n, t] = [row[column] in strings for strings in classes.values()].index(True)
+    rows = read_rows(folder / META)
+    for n, row in enumerate(rows[1:]):
+        for t, (task, column) in enumerate(data.SPC_COLUMNS.items()):
+            text = row[rows[0].index(column)]
+            has_text = [text in texts for texts in data.SPC_TEXTS[task].values()]
+            code[n, t] = has_text.index(True)
     for s, split in enumerate(data.SPLITS):
         code[np.loadtxt(folder / f"meta/{split}_indexes.csv", int, skiprows=1), 8] = s
     monkeypatch.setattr(data, "PUBLISHED_SPC", hashlib.sha256(code.tobytes()).hexdigest())
 
-def test_published_is_row_by_row_and_only_warned_about_leaks(spc_photos, monkeypatch):
-    publish(spc_photos, monkeypatch)
-    shutil.copy(spc_photos / "images/derm0000.jpg", spc_photos / "images/clinic0059.jpg")
-    found = data.read(spc_photos, 16)
-    assert found.published and any("WARNING: one photo stands for two" in note for note in found.notes)
-    def swap(rows):
-        rows[1], rows[3] = rows[3], rows[1]
-    rewrite(spc_photos / "meta/meta.csv", swap)  # the same totals; the labels of the two rows differ
-    (spc_photos / "images/clinic0059.jpg").unlink()
-    photo(spc_photos / "images/clinic0059.jpg")
-    assert not data.read(spc_photos, 16).published
 
-def test_split_is_scikit_learns_and_always_the_same(tmp_path):
-    found = data.read(make_milk(tmp_path, 100), 16)
-    assert [len(found.rows(split)) for split in data.SPLITS] == [70, 10, 20]
-    folds = [rows for _, rows in StratifiedGroupKFold(10, shuffle=True, random_state=0).split(
-        found.labels, found.labels[:, 0], np.arange(100))]
-    assert set(found.rows("test")) == {*folds[0], *folds[1]} and set(found.rows("valid")) == set(folds[2])
-    for split in data.SPLITS:  # stratified
-        assert abs((found.labels[found.rows(split), 0] == 1).mean() - 0.5) < 0.1
+def test_the_published_release_is_known_row_by_row_and_only_warned_of_leaks(
+    spc_with_photos, monkeypatch
+):
+    spc = spc_with_photos
+    publish(spc, monkeypatch)
+    shutil.copy(spc / "images/derm0000.jpg", spc / "images/clinic0059.jpg")
+    release = data.read(spc, 16)
+    assert release.published
+    assert "WARNING: several lesions have one photo: 1 and 60 (1" in " ".join(release.notes)
+    rows = read_rows(spc / META)
+    rows[1], rows[3] = rows[3], rows[1]  # the same totals, but their labels differ
+    write_rows(spc / META, rows)
+    (spc / "images/clinic0059.jpg").unlink()
+    write_photo(spc / "images/clinic0059.jpg")
+    assert not data.read(spc, 16).published
 
-@pytest.mark.parametrize("column", ["patient", "patient_id", "patient beside an empty patient_id"])
-def test_chains_of_shared_patients_and_photos_stay_together(column, tmp_path):
-    table = make_pairs(tmp_path, 60) / "pairs.csv"
-    if "beside" in column:
-        add(table, "patient_id", [""])
-    add(table, column.split()[0], [f"P{n // 3}" for n in range(30)] + ["nan"])
-    shutil.copy(tmp_path / "c2.png", tmp_path / "c3.png")  # joins patients P0 and P1
-    found = data.read(tmp_path, 16)
-    assert len(set(found.split[:6])) == 1, "one photo in two splits"
-    assert all(len(set(found.split[3 * p:3 * p + 3])) == 1 for p in range(10)), "one patient in two splits"
-    assert len(set(found.split[30:])) == 3, "lesions of unknown patients are not one patient's"
-    assert any("in c2.png d2.png and c3.png d3.png (1" in note for note in found.notes)
 
-def comment(folder, source, target):
-    """The same pixels in other bytes: a JPEG with a comment."""
-    old = (folder / "images" / source).read_bytes()
-    text = b"ISIC_1234567"
-    new = old[:2] + b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text + old[2:]
-    (folder / "images" / target).write_bytes(new)
+# ---------------------------------------------------------------- MILK10k and challenges
 
-@pytest.mark.parametrize("target, says", [
-    ("clinic0059.jpg", ""), ("clinic0001.jpg", "in 1 and 2 (1"), ("clinic0000.jpg", "in 1 and 1 (1")])
-def test_identical_photos_are_found_by_their_pixels(target, says, spc_photos):
-    comment(spc_photos, "derm0000.jpg", target)  # lesions 1 and 2 are trained on, lesion 60 is tested
-    if says:
-        assert any(f"one photo stands for two, {says}" in note for note in data.read(spc_photos, 16).notes)
+
+@pytest.mark.parametrize("layout", ["nested", "flat", "linked", "its table", "tables in folders"])
+def test_milk10k_in_every_layout(tmp_path, layout):
+    folder = path = make_milk10k(tmp_path / "milk", 24, flat=layout == "flat")
+    if layout == "linked":
+        (folder / "MILK10k_Training_Input").rename(tmp_path / "elsewhere")
+        (folder / "MILK10k_Training_Input").symlink_to(tmp_path / "elsewhere")
+    if layout == "its table":
+        path = folder / TRUTH
+    if layout == "tables in folders":
+        for table in list(folder.glob("*.csv")):
+            (folder / table.stem).mkdir()
+            table.rename(folder / table.stem / table.name)
+    release = data.read(path, 16)
+    assert release.kind == "milk10k"
+    assert release.tasks == {"DIAG": MILK10K_CLASSES}
+    assert release.views == data.VIEWS
+    assert release.lesion_ids == release.cases
+    assert release.labels[:, 0].tolist() == [1, 8] * 12
+    assert release.metadata["skin_tone_class"] == ["3"] * 24
+    for n in range(24):
+        for v in range(2):
+            (file,) = tmp_path.rglob(f"ISIC_{2 * n + v:07}.jpg")
+            assert (release.pixels[n, v].numpy() == data.decode(file, 16)).all()
+    notes = " ".join(release.notes)
+    assert "no training lesion of AKIEC, BEN_OTH, BKL" in notes
+
+
+def test_lesions_that_milk10k_does_not_pair_are_named(tmp_path):
+    rows = read_rows(make_milk10k(tmp_path) / "MILK10k_Training_Metadata.csv")
+    del rows[3:5]
+    write_rows(tmp_path / "MILK10k_Training_Metadata.csv", rows)
+    notes = " ".join(data.read(tmp_path, 16).notes)
+    assert "without two photos: IL_0000001 (1 in all)" in notes
+
+
+@pytest.mark.parametrize("by_table", [False, True])
+def test_milk10ks_blind_test_lesions_are_there_to_be_predicted(tmp_path, by_table):
+    folder = make_milk10k(tmp_path / "milk", 5, "Test")
+    (folder / "MILK10k_Test_GroundTruth.csv").unlink()
+    path = folder / "MILK10k_Test_Metadata.csv" if by_table else folder
+    release = data.read(path, 16, to_train=False)
+    assert (release.kind, release.tasks) == ("milk10k", {})
+    assert release.cases == [f"IL_{i:07}" for i in range(5)]
+    assert release.labels.shape == (5, 0)
+    assert release.split.tolist() == [""] * 5
+    with pytest.raises(DataError, match="no lesion with a label"):
+        data.read(path, 16)
+
+
+def test_isic2018_has_its_official_splits(tmp_path):
+    release = data.read(make_isic2018(tmp_path), 16)
+    assert release.kind == "challenge"
+    assert release.views == ("dermoscopy",)
+    assert release.tasks == {"DIAG": ISIC2018_CLASSES}
+    assert Counter(release.split.tolist()) == {"train": 24, "valid": 6, "test": 6}
+    valid = release.rows("valid")
+    assert [release.cases[n] for n in valid] == [f"ISIC_{n:07}" for n in range(24, 30)]
+    assert release.labels[valid, 0].tolist() == [1, 0] * 3
+
+
+@pytest.mark.parametrize("form", ["a folder", "its table"])
+def test_one_isic2018_table_is_split_by_its_lesion_groups(tmp_path, form):
+    folder = path = make_isic2018(tmp_path, [("Training", 60)])
+    groups = [["image", "lesion_id", "diagnosis_confirm_type"]]
+    groups += [[f"ISIC_{n:07}", f"HAM_{n // 2:07}", "follow up"] for n in range(60)]
+    write_rows(folder / "ISIC2018_Task3_Training_LesionGroupings.csv", groups)
+    if form == "its table":
+        name = "ISIC2018_Task3_Training_GroundTruth"
+        path = folder / name / f"{name}.csv"
+    release = data.read(path, 16)
+    assert release.lesion_ids[:4] == ["HAM_0000000"] * 2 + ["HAM_0000001"] * 2
+    assert [len(release.rows(split)) for split in data.SPLITS] == [42, 6, 12]
+    for n in range(0, 60, 2):
+        assert release.split[n] == release.split[n + 1], "two photos of a lesion in two splits"
+
+
+def test_isic2019_with_metadata_weights_and_an_empty_class(tmp_path):
+    images = [f"ISIC_{n:07}_downsampled" for n in range(40)]
+    classes = ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"]
+    truth = tmp_path / "ISIC_2019_Training_GroundTruth.csv"
+    write_rows(truth, one_hot_rows("image", images, classes, ["AK", "SCC"] * 20))
+    add_columns(truth, {"score_weight": ["1.0"], "validation_weight": ["0.5"]})
+    metadata = [["image", "age_approx", "anatom_site_general", "lesion_id", "sex"]]
+    for n, image in enumerate(images):
+        write_photo(tmp_path / "ISIC_2019_Training_Input" / f"{image}.jpg")
+        metadata.append([image, 55.0, "anterior torso", f"BCN_{n // 4:07}" if n else "", "female"])
+    write_rows(tmp_path / "ISIC_2019_Training_Metadata.csv", metadata)
+    release = data.read(tmp_path, 16)
+    assert release.tasks == {"DIAG": tuple(classes)}
+    assert release.lesion_ids[:5] == [
+        "",
+        "BCN_0000000",
+        "BCN_0000000",
+        "BCN_0000000",
+        "BCN_0000001",
+    ]
+    assert len(set(release.split[4:8])) == 1
+    assert release.vocabulary == ["", "begin", "age from 40", "sex female", "site anterior torso"]
+    assert "UNK" in " ".join(release.notes)
+
+
+def test_isic2017_has_three_splits_two_tasks_and_masks(tmp_path):
+    for part, first, last in (("Training", 0, 6), ("Validation", 6, 10), ("Test_v2", 10, 14)):
+        rows = [["image_id", "melanoma", "seborrheic_keratosis"]]
+        for n in range(first, last):
+            image = f"ISIC_{n:07}"
+            rows.append([image, float(n % 2), float(n % 3 == 0)])
+            write_photo(tmp_path / f"ISIC-2017_{part}_Data" / f"{image}.jpg")
+            masks = tmp_path / f"ISIC-2017_{part}_Part1_GroundTruth"
+            write_photo(masks / f"{image}_segmentation.png", (255, 255, 255))
+        write_rows(tmp_path / f"ISIC-2017_{part}_Part3_GroundTruth.csv", rows)
+    release = data.read(tmp_path, 16, masks=True)
+    assert release.kind == "isic17"
+    assert release.views == ("dermoscopy", "mask")
+    assert release.split.tolist() == ["train"] * 6 + ["valid"] * 4 + ["test"] * 4
+    assert release.labels.tolist() == [[n % 2, int(n % 3 == 0)] for n in range(14)]
+
+
+# ------------------------------------------------------------------------------ HAM10000
+
+
+def test_ham10000_with_its_masks(tmp_path):
+    release = data.read(make_ham(tmp_path, 80), 40, masks=True)
+    assert (release.kind, release.views) == ("ham", ("dermoscopy", "mask"))
+    assert release.tasks == {"DIAG": ("AKIEC", "BCC", "BKL", "DF", "MEL", "NV", "VASC")}
+    assert release.labels[:4, 0].tolist() == [5, 5, 4, 4]
+    assert Counter(release.split.tolist()) == {"train": 64, "valid": 8, "test": 8}  # MAT, Sec. 3.1
+    for n in range(0, 80, 2):
+        assert release.split[n] == release.split[n + 1], "two photos of a lesion in two splits"
+    assert sorted(release.metadata) == ["age", "localization", "sex"]  # not dx_type
+    white_columns = release.pixels[:40, 1, 0, :, 0].gt(127).sum(1).tolist()
+    assert white_columns == list(range(40)), "masks of other photos"
+    assert release.photo_hashes.shape == (80, 1)
+    assert "empty masks; they must be 255 inside the lesion: ISIC_0000000 (1" in " ".join(
+        release.notes
+    )
+    assert data.read(tmp_path, 40).views == ("dermoscopy",)
+
+
+def test_masks_of_zeros_and_ones_and_missing_masks_are_refused(tmp_path):
+    make_ham(tmp_path)
+    for path in (tmp_path / "masks").iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) // 255).save(path)
+    with pytest.raises(DataError, match="empty masks; they must be 255 inside"):
+        data.read(tmp_path, 40, masks=True)
+    (tmp_path / "masks/ISIC_0000007_segmentation.png").unlink()
+    with pytest.raises(DataError, match="line 9: mask 'ISIC_0000007_segmentation'"):
+        data.read(tmp_path, 40, masks=True)
+
+
+def test_ham10000_as_kaggle_has_it_holds_each_photo_twice(tmp_path):
+    expected = data.read(make_ham(tmp_path), 16)
+    for part in (1, 2):
+        photos = tmp_path / f"HAM10000_images_part_{part}"
+        shutil.copytree(photos, tmp_path / "again" / photos.name.lower())
+    write_rows(tmp_path / "hmnist_28_28_L.csv", [["pixel0000", "label"], [1, 2]])
+    release = data.read(tmp_path, 16)
+    assert release.fingerprint == expected.fingerprint
+    write_photo(tmp_path / "again/ham10000_images_part_2/ISIC_0000003.jpg", (1, 2, 3))
+    with pytest.raises(DataError, match="several photos have one name, keep one: .*ISIC_0000003"):
+        data.read(tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    "name, delimiter", [("HAM10000_metadata", ","), ("HAM10000_metadata.tab", "\t")]
+)
+def test_ham10000_as_dataverse_has_it(tmp_path, name, delimiter):
+    expected = data.read(make_ham(tmp_path), 16)
+    table = tmp_path / "HAM10000_metadata.csv"
+    rows = read_rows(table)
+    table.unlink()
+    text = "\n".join(delimiter.join(f'"{cell}"' for cell in row) for row in rows)
+    (tmp_path / name).write_text(text)
+    assert data.read(tmp_path, 16).fingerprint == expected.fingerprint
+
+
+# -------------------------------------------------------------------------- ISIC Archive
+
+
+def test_isic_pairs_are_made_by_the_stated_rules(tmp_path):
+    make_isic(tmp_path)
+    rows = read_rows(tmp_path / "metadata.csv")
+    rows[1][3] = "clinical: overview"  # lesion 0: a close-up with a higher isic_id goes first
+    rows.append(["ISIC_9000000", "IL_0", "IP_0", "clinical: close-up", "Benign", "female"])
+    rows.append(
+        ["ISIC_9000001", "IL_0", "IP_0", "dermoscopic", "Benign", "female"]
+    )  # a lower id does
+    rows[3][3] = "TBP tile: close-up"  # lesion 1 has no clinical photo any more
+    rows[5][1] = ""  # nor has lesion 2: that photo lacks its lesion_id
+    rows[7][4] = rows[8][4] = "Indeterminate"  # lesion 3
+    rows[10][5] = ""  # of lesion 4's photos only the clinical one says the sex
+    write_rows(tmp_path / "metadata.csv", rows)
+    write_photo(tmp_path / "ISIC_9000000.jpg", (9, 99, 199))
+    write_photo(tmp_path / "ISIC_9000001.jpg")
+    release = data.read(tmp_path, 16)
+    assert (release.kind, release.views) == ("isic", data.VIEWS)
+    assert release.tasks == {"DIAG": ("benign", "malignant")}
+    assert len(release.cases) == 37
+    assert not {"IL_1", "IL_2", "IL_3"} & set(release.cases)
+    clinical, dermoscopy = release.pixels[release.cases.index("IL_0")].numpy()
+    assert np.abs(clinical[8, 8] - np.array([9, 99, 199])).max() < 4
+    assert (dermoscopy == data.decode(tmp_path / "ISIC_0000001.jpg", 16)).all()
+    assert "label or split is missing, left out: IL_3 (1" in " ".join(release.notes)
+    assert release.metadata == {"sex": ["female"] * 37}
+    split = dict(zip(release.cases, release.split))
+    for p in range(2, 20):
+        assert split[f"IL_{2 * p}"] == split[f"IL_{2 * p + 1}"], "a patient in two splits"
+
+
+def test_an_isic_download_of_dermoscopy_photos_alone(tmp_path):
+    folder = make_isic(tmp_path, image_types=("dermoscopic", "dermoscopic"))
+    change_cell(folder / "metadata.csv", 1, "image_type", "TBP tile: close-up")
+    release = data.read(folder, 16)
+    assert (release.kind, release.views) == ("isic", ("dermoscopy",))
+    assert release.cases == [f"ISIC_{n:07}" for n in range(1, 80)]
+    assert release.lesion_ids[:3] == ["IL_0", "IL_1", "IL_1"]
+    assert release.labels[:5, 0].tolist() == [0, 1, 1, 0, 0]
+    for n in range(1, 79, 2):
+        assert release.split[n] == release.split[n + 1], "two photos of a lesion in two splits"
+
+
+def test_dermoscopy_photos_in_no_pair_are_counted(tmp_path):
+    table = make_isic(tmp_path) / "metadata.csv"
+    change_cells(table, range(1, 40, 2), "image_type", "dermoscopic")  # 20 lesions lose a photo
+    release = data.read(tmp_path, 16, to_train=False)
+    assert len(release.cases) == 20
+    assert "WARNING: 40 dermoscopy photos are in no pair; to read all" in " ".join(release.notes)
+
+
+def test_newer_columns_stand_in_for_older_ones_and_contradictions_are_named(tmp_path):
+    table = make_isic(tmp_path) / "metadata.csv"
+    remove_column(table, "diagnosis_1")
+    truth = ["benign"] * 20 + ["malignant"] * 20 + [""] * 40
+    newer = ["Benign"] * 19 + ["Malignant"] + [""] * 20 + ["Malignant"] * 20 + [""]
+    newest = [""] * 60 + ["Benign melanocytic proliferations", "Malignant epidermal proliferations"]
+    sites = {"anatom_site_general": ["head/neck", ""], "anatom_site_1": ["Trunk"]}
+    columns = {"benign_malignant": truth, "diagnosis_1": newer, "diagnosis_2": newest}
+    add_columns(table, {**columns, **sites})
+    release = data.read(tmp_path, 16, to_train=False)
+    label = dict(zip(release.cases, release.labels[:, 0].tolist()))
+    assert (label["IL_0"], label["IL_15"], label["IL_25"], label["IL_35"]) == (0, 1, 1, 1)
+    assert label["IL_9"] == -1  # benign by one column, malignant by another
+    assert label["IL_30"] == -1  # its photos differ
+    notes = " ".join(release.notes)
+    assert "contradictory diagnoses, read as unknown: IL_30, IL_9 (2 in all)" in notes
+    assert release.metadata["anatom_site_1"] == ["Trunk"] * 40
+    train_again = data.read(tmp_path, 16)
+    assert {"site trunk"} <= set(train_again.vocabulary)
+
+
+# ----------------------------------------------------------------------- an own CSV file
+
+
+def test_own_pairs(tmp_path):
+    tmp_path = tmp_path / "pairs"  # a folder with the name of its table
+    table = make_pairs(tmp_path) / OWN
+    splits = ["train"] * 10 + ["training"] * 10 + ["val"] * 10 + ["Valid"] * 5 + ["validation"] * 4
+    network = ["typical", *["Absent", ""] * 19, "ABSENT"]
+    columns = {"split": [*splits, "Testing"], "network": network, "sex": ["2"], "where": ["x", "y"]}
+    add_columns(table, columns)
+    for path in (tmp_path, table):
+        release = data.read(path, 16)
+        assert release.kind == "pairs"
+        assert release.tasks == {
+            "lesion": ("a", "b"),
+            "network": ("absent", "typical"),
+            "where": ("x", "y"),
+        }
+        assert Counter(release.split.tolist()) == {"train": 20, "valid": 19, "test": 1}
+        assert release.metadata == {"sex": ["2"] * 40}
+        assert release.labels[:4].tolist() == [[0, 1, 0], [1, 0, 1], [0, -1, 1], [1, 0, 1]]
+        assert release.cases[3] == "c3.png d3.png"
+
+
+def test_every_column_of_no_other_use_is_named_as_a_task(tmp_path):
+    """A misspelt column becomes a task: so the tasks are said."""
+    add_columns(make_pairs(tmp_path, 24) / OWN, {"agee": ["40", "50"], "sex": ["male"]})
+    notes = data.read(tmp_path, 16).notes
+    assert notes == ["tasks, the columns of no other use: lesion, agee"]
+
+
+@pytest.mark.parametrize(
+    "name, kind, pattern",
+    [
+        ("metadata.csv", "isic", "metadata.csv"),
+        ("my_Metadata.csv", "milk10k_photos", r"\*Metadata.csv"),
+        ("my_GroundTruth.csv", "ground_truth", r"\*GroundTruth.csv"),
+    ],
+)
+def test_an_own_file_with_a_known_name_is_refused_with_a_hint(name, kind, pattern, tmp_path):
+    (make_pairs(tmp_path) / OWN).rename(tmp_path / name)
+    hint = f"{name}: no column .* .read as {kind}, because a name fits {pattern}; give your own CSV"
+    with pytest.raises(DataError, match=hint):
+        data.read(tmp_path, 16)
+
+
+def semicolons(text):
+    return text.replace(",", ";")
+
+
+def tabs(text):
+    return text.replace(",", "\t")
+
+
+def byte_order_mark(text):
+    return "\ufeff" + text
+
+
+def other_line_ends(text):
+    return text.replace("\r\n", "\n")
+
+
+def empty_rows(text):
+    return text.replace("\r\n", "\r\n\r\n , ,\t\r\n", 3)
+
+
+def trailing_commas(text):
+    return text.replace("\r\n", ",\r\n")
+
+
+def trailing_comma_in_the_header(text):
+    return text.replace("\r\n", ",\r\n", 1)
+
+
+def numbers_of_rows_by_pandas(text):
+    lines = text.splitlines()
+    return "\n".join([f",{lines[0]}"] + [f"{n},{line}" for n, line in enumerate(lines[1:])])
+
+
+def named_numbers_of_rows_by_pandas(text):
+    return "Unnamed: 0" + numbers_of_rows_by_pandas(text)
+
+
+def backslashes(text):
+    return text.replace("c5.png", "sub\\c5.png")
+
+
+def capitals(text):
+    return text.replace("c6.png", "C6.PNG").replace("clinical", "Clinical")
+
+
+CHANGES = [semicolons, tabs, byte_order_mark, other_line_ends, empty_rows, trailing_commas]
+CHANGES += [
+    trailing_comma_in_the_header,
+    numbers_of_rows_by_pandas,
+    named_numbers_of_rows_by_pandas,
+]
+CHANGES += [backslashes, capitals]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tables_as_spreadsheets_write_them(change, tmp_path):
+    table = make_pairs(tmp_path, 24) / OWN
+    expected = data.read(tmp_path, 16)
+    text = table.read_bytes().decode()
+    table.write_bytes(change(text).encode())
+    if change == backslashes:
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "c5.png").rename(tmp_path / "sub/c5.png")
+    (tmp_path / "._pairs.csv").write_bytes(b"\x00\x05\x16")  # of macOS
+    (tmp_path / "Thumbs.db").write_bytes(b"\xd0\xcf")  # of Windows
+    release = data.read(tmp_path, 16)
+    assert release.tasks == expected.tasks
+    assert torch.equal(release.labels, expected.labels)
+    assert (release.photo_hashes == expected.photo_hashes).all()
+
+
+@pytest.mark.parametrize("text", ["", "?", "NaN", "N/A", "#N/A", "<NA>", "null", "Unknown"])
+def test_unknown_texts_are_no_class(text, tmp_path):
+    table = make_pairs(tmp_path, 24) / OWN
+    change_cell(table, 1, "lesion", text)
+    add_columns(table, {"other": ["a", text, "b", "a", "b"]})
+    release = data.read(tmp_path, 16)
+    assert release.tasks == {"lesion": ("a", "b"), "other": ("a", "b")}
+    assert release.labels[:2].tolist() == [[-1, 0], [1, -1]]
+
+
+def test_a_table_with_tabs_may_be_called_tsv(tmp_path):
+    table = make_pairs(tmp_path) / OWN
+    table.with_suffix(".tsv").write_text(tabs(table.read_text()))
+    table.unlink()
+    assert data.read(tmp_path, 16).kind == "pairs"
+
+
+def test_capitals_in_paths(tmp_path):
+    table = make_pairs(tmp_path) / OWN
+    write_photo(tmp_path / "C3.PNG", (1, 2, 3))  # beside c3.png: exact names go before similar ones
+    change_cell(table, 5, "clinical", "C3.PNG")
+    (tmp_path / "NEL").mkdir()
+    (tmp_path / "c7.png").rename(tmp_path / "NEL/c7.PNG")
+    change_cell(table, 8, "clinical", "nel/C7.png")
+    release = data.read(tmp_path, 16)
+    assert release.pixels[4, 0, 8, 8].tolist() == [1, 2, 3] != release.pixels[3, 0, 8, 8].tolist()
+    assert (release.pixels[7, 0].numpy() == data.decode(tmp_path / "NEL/c7.PNG", 16)).all()
+
+
+def test_an_empty_photo_cell_leaves_its_lesion_out(tmp_path):
+    table = make_pairs(tmp_path) / OWN
+    change_cell(table, 2, "dermoscopy", "")
+    change_cell(table, 4, "lesion", "")
+    for to_train, lesions in ((True, 38), (False, 39)):
+        release = data.read(tmp_path, 16, to_train=to_train)
+        assert len(release.cases) == lesions
+        assert "a photo is not named, left out: " + str(table) + " line 3 (1" in " ".join(
+            release.notes
+        )
+    assert "label or split is missing, left out: c3.png d3.png (1" in " ".join(
+        data.read(tmp_path, 16).notes
+    )
+
+
+def test_a_folder_with_the_name_of_a_photo_is_none(tmp_path):
+    make_milk10k(tmp_path, 24)
+    (tmp_path / "exports/ISIC_0000003.jpg").mkdir(parents=True)
+    assert len(data.read(tmp_path, 16).cases) == 24
+
+
+def test_a_folder_does_not_hide_the_photo_of_its_name(tmp_path):
+    make_pairs(tmp_path)
+    change_cell(tmp_path / OWN, 1, "clinical", "c0")  # without its ending
+    (tmp_path / "c0").mkdir()
+    (tmp_path / "c0.png").rename(tmp_path / "c0/c0.png")
+    release = data.read(tmp_path, 16)
+    assert (release.pixels[0, 0].numpy() == data.decode(tmp_path / "c0/c0.png", 16)).all()
+
+
+def test_one_file_for_both_photos_is_said(tmp_path):
+    table = make_pairs(tmp_path) / OWN
+    change_cell(table, 4, "dermoscopy", "c3.png")
+    notes = " ".join(data.read(tmp_path, 16).notes)
+    assert "clinical and dermoscopy photo are one photo: c3.png c3.png (1" in notes
+    assert "several lesions" not in notes
+
+
+def test_to_predict_neither_labels_nor_a_split_are_needed(tmp_path):
+    remove_column(make_pairs(tmp_path, 3) / OWN, "lesion")
+    release = data.read(tmp_path, 16, to_train=False)
+    assert release.tasks == {}
+    assert release.labels.shape == (3, 0)
+    assert release.words.tolist() == [[1]] * 3
+    assert len(data.make_batch(release, torch.arange(3), CPU)["clinical"]) == 3
+    with pytest.raises(DataError, match="no lesion with a label"):
+        data.read(tmp_path, 16)
+
+
+def test_masks_alone_can_be_learned(tmp_path):
+    table = make_pairs(tmp_path) / OWN
+    add_columns(table, {"mask": [f"m{i}.png" for i in range(40)], "patient": ["P", "P", ""]})
+    remove_column(table, "lesion")
+    for i in range(40):
+        write_photo(tmp_path / f"m{i}.png", (255, 255, 255))
+    release = data.read(tmp_path, 16, masks=True)
+    assert (release.tasks, release.views) == ({}, ("clinical", "dermoscopy", "mask"))
+    assert [len(release.rows(split)) for split in data.SPLITS] == [28, 4, 8]
+    assert release.split[0] == release.split[1]
+    with pytest.raises(DataError, match="no lesion with a label"):
+        data.read(tmp_path, 16)
+
+
+def test_with_masks_a_lesion_without_a_label_is_kept(tmp_path):
+    table = make_pairs(tmp_path) / OWN
+    add_columns(table, {"mask": [f"m{i}.png" for i in range(40)]})
+    change_cell(table, 4, "lesion", "")
+    for i in range(40):
+        write_photo(tmp_path / f"m{i}.png", (255, 255, 255))
+    with_masks, without = data.read(tmp_path, 16, masks=True), data.read(tmp_path, 16)
+    assert (len(with_masks.cases), len(without.cases)) == (40, 39)
+    assert with_masks.labels[3].tolist() == [-1]
+    assert with_masks.photo_hashes.shape == (40, 2)
+    assert with_masks.fingerprint == without.fingerprint
+    write_photo(tmp_path / "m0.png", (255, 255, 0))
+    assert data.read(tmp_path, 16, masks=True).fingerprint == without.fingerprint
+
+
+def test_a_split_without_a_label_is_noted(tmp_path):
+    table = make_pairs(tmp_path) / OWN
+    splits = ["train"] * 20 + ["valid"] * 10 + ["test"]
+    add_columns(
+        table, {"split": splits, "veil": ["absent", "present"] * 10 + [""] * 15 + ["absent"]}
+    )
+    notes = data.read(tmp_path, 16).notes
+    assert [note for note in notes if "no label" in note] == [
+        "WARNING: veil: no label in the split valid"
+    ]
+
+
+def test_without_a_usable_lesion_the_reason_is_said(tmp_path):
+    table = make_pairs(tmp_path, 24) / OWN
+    add_columns(table, {"split": ["train"] + [""]})
+    change_cell(table, 1, "lesion", "")
+    with pytest.raises(
+        DataError, match="no lesion can be used.*label or split is missing, left out"
+    ):
+        data.read(tmp_path, 16)
+
+
+def test_a_release_has_one_fingerprint_to_train_and_to_predict(tmp_path):
+    """Also if some of its lesions, indeterminate ones, are only there to be predicted."""
+    folder = make_isic(tmp_path)
+    change_cells(folder / "metadata.csv", (7, 8), "diagnosis_1", "Indeterminate")
+    to_predict = data.read(folder, 16, to_train=False)
+    to_train = data.read(folder, 16)
+    assert (len(to_predict.cases), len(to_train.cases)) == (40, 39)
+    assert to_predict.fingerprint == to_train.fingerprint
+    change_cells(folder / "metadata.csv", (1, 2), "sex", "male")
+    assert data.read(folder, 16).fingerprint != to_train.fingerprint
+
+
+# ------------------------------------------------------------------ bad input is refused
+#
+# Each case: what is wrong, what the message says, and what is done (function, file, arguments).
+
+TWO_SPLITS = ["train", "valid", "test", "train"]
+VALID_INDEXES, TEST_INDEXES = "meta/valid_indexes.csv", "meta/test_indexes.csv"
+
+# fmt: off
+REFUSED_PAIRS = [
+    ("no table", "no meta/meta.csv .derm7pt., .* or other CSV file", remove, OWN),
+    ("empty table", "pairs.csv: no lines below a header", Path.write_bytes, OWN, b""),
+    ("only a header", "pairs.csv: no lines below a header", keep_lines, OWN, 0),
+    ("UTF-16", "UTF-8; save it as 'CSV UTF-8'", Path.write_text, OWN, "clinical", "utf-16"),
+    ("Latin-1", "UTF-8; save it as 'CSV UTF-8'", append_bytes, OWN, b"\xe4"),
+    ("open quotation mark", "line 26: .*quotation mark", append_bytes, OWN, b'"a,b,c\r\n'),
+    ("a value too many", "line 26: 4 values, but 3 in the", append_bytes, OWN, b"a,b,c,d\r\n"),
+    ("a value too few", "line 26: 2 values, but 3 in the header", append_bytes, OWN, b"a,b\r\n"),
+    ("a column twice", "two columns of one name", add_columns, OWN, {"Lesion ": ["a"]}),
+    ("no photo column", "no column clinical or dermoscopy; it has one, two, lesion",
+        replace_bytes, OWN, b"clinical,dermoscopy", b"one,two"),
+    ("unknown split", "line 3: split is 'holdout'; write train, valid or test",
+        add_columns, OWN, {"split": ["train", "holdout"]}),
+    ("no test split", "no lesion in the split test",
+        add_columns, OWN, {"split": ["train", "train", "valid"]}),
+    ("patient in two splits", r"in two splits.*d2.png \(test\) and c1.png.*\(valid\)",
+        add_columns, OWN, {"patient": ["", "P", "P", ""], "split": TWO_SPLITS}),
+    ("lesion in two splits", r"in two splits.*d2.png \(test\) and c1.png.*\(valid\)",
+        add_columns, OWN, {"lesion_id": ["", "L", "L", ""], "split": TWO_SPLITS}),
+    ("case twice", "line 26: another lesion is called 'c0.png d0.png' too", repeat_line, OWN, 1),
+    ("names for classes", "who: 24 classes in 24 lesions; if these are names",
+        add_columns, OWN, {"who": [f"name{n}" for n in range(24)]}),
+    ("a / in a task", "column a/b has a / in its name", add_columns, OWN, {"a/b": ["x", "y"]}),
+    ("classes a and A", "differ only in capitals", add_columns, OWN, {"kind": ["a", "A"]}),
+    ("two spaces", "only in .* spaces", add_columns, OWN, {"kind": ["in situ", "in  situ"]}),
+    ("classes 1 and 1.0", "differ only in .* .0", add_columns, OWN, {"kind": ["1", "1.0"]}),
+    ("two forms of \u00e9", "differ only", add_columns, OWN, {"kind": ["caf\u00e9", "cafe\u0301"]}),
+    ("invisible in a label", r"line 3: an invisible character in 'a\\u200bb'",
+        change_cell, OWN, 2, "lesion", "a\u200bb"),
+    ("invisible in a patient", r"line 3: an invisible character in 'P\\xad1'",
+        add_columns, OWN, {"patient": ["P1", "P\u00ad1"]}),
+    ("invisible in a path", r"missing below .*\n.*line 3: clinical 'c\\u200b1.png'",
+        change_cell, OWN, 2, "clinical", "c\u200b1.png"),
+    ("invisible in a column", r"invisible character in column 'les\\u200bion'",
+        replace_bytes, OWN, b"lesion", b"les\xe2\x80\x8bion"),
+    ("too few to split", "fewer than 10 independent lesions", keep_lines, OWN, 8),
+    ("no picture in a photo", "d7.png: cannot identify", Path.write_bytes, "d7.png", b"<html>"),
+]
+REFUSED_SPC = [
+    ("no such folder", "release_v0 does not exist", remove, "."),
+    ("no such column", "no column streaks; it has case_num", remove_column, META, "streaks"),
+    ("unknown label", "STR is none of absent, REG, IR.*line 4 'wavy', .*line 10 'wavy'",
+        change_cells, META, (3, 9), "streaks", "wavy"),
+    ("nothing to learn", "BWV has fewer than two classes to train on",
+        change_cells, META, range(1, 26), "blue_whitish_veil", "absent"),
+    ("index too high", "valid_indexes.csv line 3: '60' is no line of meta.csv",
+        change_cell, VALID_INDEXES, 2, "indexes", "60"),
+    ("negative index", "valid_indexes.csv line 3: '-1' is no line",
+        change_cell, VALID_INDEXES, 2, "indexes", "-1"),
+    ("overlapping splits", "test_indexes.csv line 3: '3' is in the split train already",
+        change_cell, TEST_INDEXES, 2, "indexes", "3"),
+    ("no split file", "test_indexes.csv does not exist", remove, TEST_INDEXES),
+]
+REFUSED_MILK10K = [
+    ("two classes", "line 3: needs a 1 for one class", change_cell, TRUTH, 2, "BCC", "1.0"),
+    ("no class", "line 3: needs a 1 for one class", change_cell, TRUTH, 2, "NV", "0.0"),
+    ("half a class", "line 3: needs a 1 for one class", change_cell, TRUTH, 2, "BCC", "0.5"),
+    ("only half a class", "line 3: needs a 1 for one class", change_cell, TRUTH, 2, "NV", "0.5"),
+    ("an empty class", "line 3: needs a 1 for one class", change_cell, TRUTH, 2, "BCC", ""),
+    ("lesion twice", "line 26: IL_0000001 has a line already", repeat_line, TRUTH, 2),
+    ("two ground truths", "several tables, name one as the path",
+        Path.write_text, "New_GroundTruth.csv", "lesion_id,a\nx,1\n"),
+    ("no metadata", "Metadata instead of GroundTruth is missing",
+        remove, "MILK10k_Training_Metadata.csv"),
+    ("two photos of one name", "several photos have one name, keep one: .*ISIC_0000006",
+        write_photo, "masks/ISIC_0000006.png"),
+]
+REFUSED_ISIC = [
+    ("no lesion_id", "no column lesion_id to pair", remove_column, "metadata.csv", "lesion_id"),
+    ("no pairs", "no lesion can be used. 0 lesions with clinical and dermoscopy; 48 photos",
+        replace_bytes, "metadata.csv", b"dermoscopic", b"TBP tile: close-up"),
+]
+# fmt: on
+
+CASES = []
+for kind, refused in (
+    ("pairs", REFUSED_PAIRS),
+    ("spc", REFUSED_SPC),
+    ("milk10k", REFUSED_MILK10K),
+    ("isic", REFUSED_ISIC),
+):
+    for what, message, *damage in refused:
+        CASES.append(pytest.param(kind, message, damage, id=f"{kind}: {what}"))
+
+
+@pytest.mark.parametrize("kind, message, damage", CASES)
+def test_bad_releases_are_refused_in_a_clear_sentence(kind, message, damage, tmp_path, request):
+    if kind == "spc":
+        folder = request.getfixturevalue("spc")
     else:
-        with pytest.raises(DataError, match=r"photo in two splits.*60 \(test\) and 1 \(train\)"):
-            data.read(spc_photos, 16)
-
-# --------------------------------------------------------------------------------------------------- bad input, refused
-
-META, TRUTH, OWN = "meta/meta.csv", "MILK10k_Training_GroundTruth.csv", "pairs.csv"
-
-def edit(path, change):
-    path.write_bytes(change(path.read_bytes()))
-
-def mark(*columns):
-    return lambda f: rewrite(f / TRUTH, lambda rows: rows[2].__setitem__(slice(1, None), [
-        str(float(name in columns)) for name in data.MILK10K]))
-
-def index(split, value):
-    return lambda f: put(f / f"meta/{split}_indexes.csv", 2, "indexes", value)
-
-def two_splits(f):
-    add(f / OWN, "patient_id", [""])
-    add(f / OWN, "patient", ["", "P", "P", ""])
-    add(f / OWN, "split", ["train", "valid", "test", "train"])
-
-REFUSED = {  # what is wrong -> (the release, what is done to it, what the message says)
-    "no such folder": ("spc", shutil.rmtree, "no meta/meta.csv"),
-    "empty table": ("spc", lambda f: edit(f / META, lambda b: b""), "meta.csv: no column case_num"),
-    "only a header": ("spc", lambda f: edit(f / META, lambda b: b.split(b"\n")[0]), "meta.csv: no rows"),
-    "Latin-1": ("spc", lambda f: edit(f / META, lambda b: b + b"\xe4"), "cannot be read as a CSV file in UTF-8"),
-    "unknown labels": ("spc", lambda f: [put(f / META, n, "streaks", "wavy") for n in (3, 9)],
-                       "STR is none of absent, REG, IR.*line 4 'wavy', .*line 10 'wavy'"),
-    "index out of range": ("spc", index("valid", "60"), "valid_indexes.csv line 3: '60' is no row of meta.csv"),
-    "negative index": ("spc", index("valid", "-1"), "valid_indexes.csv line 3: '-1' is no row"),
-    "overlapping splits": ("spc", index("test", "3"), "test_indexes.csv line 3: '3' .*in a split already"),
-    "no split file": ("spc", lambda f: (f / "meta/test_indexes.csv").unlink(), "test_indexes.csv: cannot be read"),
-    "nothing to learn": ("spc", lambda f: [put(f / META, n, "blue_whitish_veil", "absent") for n in range(1, 26)],
-                         "BWV has fewer than two classes"),
-    "missing photos": ("spc_photos", lambda f: [(f / f"images/{name}.jpg").unlink() for name in ("clinic0001",
-                                                                                                 "derm0050")],
-                       "(?s)clinic0001.jpg: .*No such file.*\n.*derm0050.jpg: .*No such file"),
-    "no photo": ("spc_photos", lambda f: edit(f / "images/derm0007.jpg", lambda b: b"<html>"), "derm0007.jpg: cannot"),
-    "truncated": ("spc_photos", lambda f: edit(f / "images/derm0007.jpg", lambda b: b[:999]),
-                  "derm0007.jpg: .*truncated"),
-    "two classes": ("milk", mark("BCC", "NV"), "GroundTruth.csv line 3: each lesion needs one row with one"),
-    "no class": ("milk", mark(), "GroundTruth.csv line 3: each lesion needs one row with one"),
-    "a further class": ("milk", lambda f: add(f / TRUTH, "OTHER", ["0.0"]), "one of MILK10k's 11 classes"),
-    "lesion twice": ("milk", lambda f: rewrite(f / TRUTH, lambda r: r.append(r[2])), "line 26: each lesion"),
-    "two ground truths": ("milk", lambda f: shutil.copy(f / TRUTH, f / "New_GroundTruth.csv"), "several tables"),
-    "a photo twice": ("milk", lambda f: photo(f / "masks/ISIC_0000006.png"), "photos have one name.*ISIC_0000006"),
-    "no pairs": ("isic", lambda f: edit(f / "metadata.csv", lambda b: b.replace(b"clinical: close-up", b"dermoscopic")),
-                 "no lesion with all its photos"),
-    "strange split": ("own", lambda f: add(f / OWN, "split", ["train", "holdout"]), "line 3: split is 'holdout'"),
-    "no test": ("own", lambda f: add(f / OWN, "split", ["train", "train", "valid"]), "no lesion in one of"),
-    "patient in two splits": ("own", two_splits, r"in two splits.*d2.png \(test\) and c1.png.*\(valid\)"),
-    "lesion twice in own": ("own", lambda f: rewrite(f / OWN, lambda r: r.append(r[1])),
-                            "several lesions are called c0.png"),
-    "no photo named": ("own", lambda f: put(f / OWN, 2, "dermoscopy", ""), "line 3: no dermoscopy photo"),
-    "a column twice": ("own", lambda f: add(f / OWN, "Lesion ", ["a"]), "two columns of one name"),
-    "open quotation mark": ("own", lambda f: edit(f / OWN, lambda b: b + b'"c3.png,d3.png,a\r\n'), "cannot be read"),
-    "names for classes": ("own", lambda f: add(f / OWN, "who", [f"name{n}" for n in range(24)]), "who: 24 classes"),
-    "a / in a task": ("own", lambda f: add(f / OWN, "a/b", ["x", "y"]), "a / in the name"),
-    "too few to split": ("own", lambda f: rewrite(f / OWN, lambda r: r.__delitem__(slice(9, None))), "fewer than 10"),
-}
-REFUSED |= {f"classes {one!r} and {other!r}": (
-    "own", lambda f, one=one, other=other: add(f / OWN, "kind", [one, other]), "differ only in case, spaces or .0")
-    for one, other in [("a", "A"), ("in situ", "in  situ"), ("1", "1.0"), ("caf\u00e9", "cafe\u0301")]}
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_bad_releases_are_refused_in_a_clear_sentence(what, request, tmp_path):
-    kind, damage, says = REFUSED[what]
-    if kind in ("spc", "spc_photos"):
-        folder = request.getfixturevalue(kind)
-    else:
-        folder = {"milk": make_milk, "isic": make_isic, "own": make_pairs}[kind](tmp_path / "release", 24)
-    damage(folder)
-    with pytest.raises(DataError, match=says):
+        makers = {"pairs": make_pairs, "milk10k": make_milk10k, "isic": make_isic}
+        folder = makers[kind](tmp_path / "release", 24)
+    function, file, *arguments = damage
+    function(folder / file, *arguments)
+    with pytest.raises(DataError, match=f"(?s){message}"):
         data.read(folder, 16)
-    assert not list(tmp_path.glob("runs/cache/*.tmp")), "a piece of a cache was left"
+    assert not list(tmp_path.glob("runs/cache/*.tmp")), "a part of a cache was left"
 
-@pytest.mark.parametrize("change", [
-    lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\r\n", b"\n"), lambda b: b.replace(b"\r\n", b"\r\n\r\n", 3),
-    lambda b: b.replace(b"absent", b"Absent ").replace(b"nevus", b"NEVUS"),
-    lambda b: b.replace(b"clinic00", b"CLINIC00")],
-    ids=["byte order mark", "other line ends", "blank rows", "case of labels", "case of paths"])
-def test_strange_tables_are_read_right(change, spc):
-    expected = data.read(spc, 16)
-    edit(spc / META, change)
-    found = data.read(spc, 16)
-    assert (found.labels == expected.labels).all() and (found.digests == expected.digests).all()
 
-# ------------------------------------------------------------------------------------------------------ decoding photos
+def test_every_missing_photo_and_every_broken_one_is_listed(tmp_path):
+    make_pairs(tmp_path)
+    for name in ("c1", "d30", "d31"):
+        (tmp_path / f"{name}.png").unlink()
+    with pytest.raises(DataError) as refusal:
+        data.read(tmp_path, 16)
+    for text in ("line 3: clinical 'c1.png'", "line 32: dermoscopy 'd30.png'", "'d31.png'"):
+        assert text in str(refusal.value)
+    for name in ("c1", "d30", "d31"):
+        whole = (tmp_path / "c2.png").read_bytes()
+        (tmp_path / f"{name}.png").write_bytes(whole[:40])
+    with pytest.raises(DataError) as refusal:
+        data.read(tmp_path, 16)
+    assert str(refusal.value).count(".png: ") == 3
+
+
+@pytest.mark.parametrize(
+    "parts", [["Training", "Test"], ["Training", "Validation", "Test", "Test_v2"]]
+)
+def test_other_than_three_tables_of_a_challenge_are_refused(parts, tmp_path):
+    make_isic2018(tmp_path, [(part, 12) for part in parts])
+    with pytest.raises(DataError, match="give Training, Validation and Test, or name one table"):
+        data.read(tmp_path, 16)
+
+
+# ----------------------------------------------------------------- splits without a leak
+
+
+def test_a_split_is_scikit_learns_and_always_the_same(tmp_path):
+    release = data.read(make_milk10k(tmp_path, 100), 16)
+    assert [len(release.rows(split)) for split in data.SPLITS] == [70, 10, 20]
+    splitter = StratifiedGroupKFold(10, shuffle=True, random_state=0)
+    folds = list(splitter.split(release.labels, release.labels[:, 0], np.arange(100)))
+    assert set(release.rows("test").tolist()) == {*folds[0][1], *folds[1][1]}
+    assert set(release.rows("valid").tolist()) == {*folds[2][1]}
+    for split in data.SPLITS:  # stratified
+        share = (release.labels[release.rows(split), 0] == 1).float().mean()
+        assert abs(share - 0.5) < 0.1
+
+
+@pytest.mark.parametrize(
+    "columns", [["patient"], ["patient_id"], ["lesion_id"], ["patient_id", "patient"]]
+)
+def test_chains_of_shared_patients_and_photos_stay_together(columns, tmp_path):
+    table = make_pairs(tmp_path, 60) / OWN
+    names = [f"P{n // 3}" for n in range(30)] + ["nan"]
+    if len(columns) == 2:  # one of them is empty
+        add_columns(table, {columns[0]: [""]})
+    add_columns(table, {columns[-1]: names})
+    shutil.copy(tmp_path / "c2.png", tmp_path / "c3.png")  # joins P0 and P1
+    release = data.read(tmp_path, 16)
+    assert len(set(release.split[:6])) == 1, "one photo in two splits"
+    for p in range(10):
+        assert len(set(release.split[3 * p : 3 * p + 3])) == 1, "one patient in two splits"
+    assert len(set(release.split[30:])) == 3, "unknown patients are not one patient"
+    notes = " ".join(release.notes)
+    assert "several lesions have one photo: c2.png d2.png and c3.png d3.png (1" in notes
+
+
+def test_groups_worked_out_by_hand():
+    lesions = []
+    ids = [("P", ""), ("", "L"), ("p", "L"), ("L", "P"), ("", ""), ("", ""), ("7", ""), ("7.0", "")]
+    for patient, lesion_id in ids:
+        lesions.append(data.Lesion("", "", {}, patient=patient, lesion_id=lesion_id))
+    photos = [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"], ["i", "j"], ["k", "g"], ["l"], ["m"]]
+    # The third lesion connects the first two: P and p are one patient, and 7 and 7.0 another. A
+    # patient L is not a lesion L. The sixth shares a photo with the fourth, the fifth nothing.
+    assert data.group_lesions(lesions, photos).tolist() == [0, 0, 0, 3, 4, 3, 6, 6]
+
+
+def copy_with_a_comment(folder, source, target):
+    """The same pixels in other bytes, as the ISIC Archive has them."""
+    jpeg = (folder / "images" / source).read_bytes()
+    comment = b"ISIC_1234567"
+    segment = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
+    (folder / "images" / target).write_bytes(jpeg[:2] + segment + jpeg[2:])
+
+
+def test_an_identical_photo_in_two_splits_is_found_by_its_pixels(spc_with_photos):
+    copy_with_a_comment(
+        spc_with_photos, "derm0000.jpg", "clinic0059.jpg"
+    )  # of lesions 1, train, and 60, test
+    with pytest.raises(DataError, match=r"photo in two splits.*60 \(test\) and 1 \(train\)"):
+        data.read(spc_with_photos, 16)
+
+
+@pytest.mark.parametrize(
+    "target, note",
+    [
+        ("clinic0001.jpg", "several lesions have one photo: 1 and 2 (1"),
+        ("clinic0000.jpg", "clinical and dermoscopy photo are one photo: 1 (1"),
+    ],
+)
+def test_an_identical_photo_in_one_split_is_noted(target, note, spc_with_photos):
+    copy_with_a_comment(spc_with_photos, "derm0000.jpg", target)
+    assert note in " ".join(data.read(spc_with_photos, 16).notes)
+
+
+def test_photos_are_compared_by_their_pictures_and_not_by_their_files(spc_with_photos, tmp_path):
+    folder = spc_with_photos / "images"
+    copy_with_a_comment(spc_with_photos, "derm0000.jpg", "copy.jpg")
+    with Image.open(folder / "derm0000.jpg") as image:
+        image.save(tmp_path / "one.png")
+        image.save(tmp_path / "other.png", compress_level=1)
+    files = [folder / "derm0000.jpg", folder / "copy.jpg", folder / "derm0001.jpg"]
+    files += [tmp_path / "one.png", tmp_path / "other.png", folder / "clinic0000.jpg"]
+    _, hashes, file_hashes = data.read_pictures(files, 16, tmp_path)
+    assert len(set(file_hashes)) == 6
+    original, copy, another, png, same_png, clinical = hashes
+    assert original == copy and png == same_png
+    assert len({original, another, png, clinical}) >= 3
+
+
+def test_the_hashes_of_photos_do_not_depend_on_the_size(spc):
+    small, large = data.read(spc, 8), data.read(spc, 24)
+    assert (small.photo_hashes == large.photo_hashes).all()
+    assert len(set(small.photo_hashes.flatten())) == 120
+
+
+# ----------------------------------------------------------------------- decoding photos
 
 COLOUR = (200, 100, 60)
-
-def save_as(mode, size=(40, 30), **options):
-    return lambda path: Image.new("RGB", size, COLOUR).convert(mode).save(path, **options)
-
-PHOTOS = {  # what it is -> (file name, how it is written, the colour to be read)
-    "JPEG": ("a.jpg", save_as("RGB", quality=95), COLOUR),
-    "PNG named .jpg": ("a.jpg", save_as("RGB", format="PNG"), COLOUR),
-    "CMYK": ("a.jpg", save_as("CMYK", quality=95), COLOUR),
-    "grey": ("a.jpg", save_as("L", quality=95), (125, 125, 125)),
-    "palette": ("a.png", lambda path: Image.new("RGB", (9, 9), COLOUR).quantize(4).save(path), COLOUR),
-    "with an alpha channel": ("a.png", lambda path: Image.new("RGBA", (9, 9), (*COLOUR, 255)).save(path), COLOUR),
-    "20,000 wide": ("a.jpg", save_as("RGB", (20000, 30)), COLOUR),
+PHOTOS = {  # what it is -> file, size, mode, how it is saved, the colour to be read
+    "JPEG": ("a.jpg", (40, 30), "RGB", {"quality": 95}, COLOUR),
+    "PNG named .jpg": ("a.jpg", (40, 30), "RGB", {"format": "PNG"}, COLOUR),
+    "CMYK": ("a.jpg", (40, 30), "CMYK", {"quality": 95}, COLOUR),
+    "grey": ("a.jpg", (40, 30), "L", {"quality": 95}, (125, 125, 125)),
+    "palette": ("a.png", (9, 9), "P", {}, COLOUR),
+    "with an alpha channel": ("a.png", (9, 9), "RGBA", {}, COLOUR),
+    "20,000 wide": ("a.jpg", (20000, 30), "RGB", {}, COLOUR),
 }
+
 
 @pytest.mark.parametrize("kind", PHOTOS)
 def test_photos_of_every_kind_are_read_right(kind, tmp_path):
-    name, make, colour = PHOTOS[kind]
-    make(tmp_path / name)
-    found = data.decode(tmp_path / name, 16)
-    assert found.shape == (16, 16, 3) and found.dtype == np.uint8
-    assert np.abs(found.astype(int) - colour).max() <= 3, f"{found[8, 8]} instead of {colour}"
+    name, size, mode, options, colour = PHOTOS[kind]
+    image = Image.new("RGB", size, COLOUR)
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / name, **options)
+    photo = data.decode(tmp_path / name, 16)
+    assert photo.shape == (16, 16, 3)
+    assert photo.dtype == np.uint8
+    assert np.abs(photo.astype(int) - colour).max() <= 3, f"{photo[8, 8]} instead of {colour}"
 
-@pytest.mark.parametrize("dtype, name", [(np.uint16, "a.png"), (np.int32, "a.tif"), (np.float32, "a.tif")])
+
+@pytest.mark.parametrize(
+    "dtype, name", [(np.uint16, "a.png"), (np.int32, "a.tif"), (np.float32, "a.tif")]
+)
 def test_what_is_not_8_bits_is_refused(dtype, name, tmp_path):
     Image.fromarray(np.full((9, 9), 200, dtype)).save(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name}: not 8 bits a channel"):
+    with pytest.raises(DataError, match=f"{name}: not 8 bits a channel; save it as"):
         data.decode(tmp_path / name, 16)
 
-# EXIF in bytes: two entries, the rotation (turn by 90 degrees to the right) and one whose type is not the standard's.
-ROTATED = b"Exif\0\0II*\0\x08\0\0\0\2\0" b"\x12\1\3\0\1\0\0\0\6\0\0\0"
-ODD_EXIF = {"resolution is text": b"\x1a\1\2\0\5\0\0\0\x26\0\0\0" + bytes(4) + b"text\0",
-            "software is a fraction": b"\x31\1\5\0\1\0\0\0\x26\0\0\0" + bytes(4) + b"\3\0\0\0\2\0\0\0"}
 
-@pytest.mark.parametrize("odd", ODD_EXIF)
+def test_heic_is_refused_with_advice(tmp_path):
+    make_milk10k(tmp_path, 24)
+    (photo,) = tmp_path.rglob("ISIC_0000003.jpg")
+    photo.unlink()
+    photo.with_suffix(".HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(DataError, match="ISIC_0000003.HEIC: HEIC; save it as JPEG or PNG"):
+        data.read(tmp_path, 16)
+
+
+# EXIF in bytes: two entries, the rotation (turn by 90 degrees to the right) and one whose type is
+# not the standard's.
+ROTATED = b"Exif\0\0II*\0\x08\0\0\0\2\0" + b"\x12\1\3\0\1\0\0\0\6\0\0\0"
+ODD_ENTRIES = {
+    "resolution is text": b"\x1a\1\2\0\5\0\0\0\x26\0\0\0" + bytes(4) + b"text\0",
+    "software is a fraction": b"\x31\1\5\0\1\0\0\0\x26\0\0\0" + bytes(4) + b"\3\0\0\0\2\0\0\0",
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ENTRIES)
 def test_exif_rotation_is_undone_even_beside_odd_exif(odd, tmp_path):
     upright = Image.new("RGB", (30, 40), (20, 20, 20))  # dark above, bright below
     upright.paste((220, 220, 220), (0, 20, 30, 40))
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=ROTATED + ODD_EXIF[odd])
-    found = data.decode(tmp_path / "a.jpg", 16)
-    assert found[:6].mean() < 40 and found[-6:].mean() > 200
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    lying.save(tmp_path / "a.jpg", exif=ROTATED + ODD_ENTRIES[odd])
+    photo = data.decode(tmp_path / "a.jpg", 16)
+    assert photo[:6].mean() < 40
+    assert photo[-6:].mean() > 200
 
-def test_any_error_of_a_decoder_names_the_file(tmp_path, monkeypatch):
+
+@pytest.mark.parametrize("error, refusal", [(SyntaxError, DataError), (MemoryError, MemoryError)])
+def test_any_error_of_a_decoder_names_the_file_but_not_a_lack_of_memory(
+    error, refusal, tmp_path, monkeypatch
+):
     def fail(*_):
-        raise MemoryError("odd")
-    photo(tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "resize", fail)
-    with pytest.raises(DataError, match="a.png: odd"):
+        raise error("a.png: odd")
+
+    write_photo(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(refusal, match="a.png: odd"):
         data.decode(tmp_path / "a.png", 16)
 
+
+def test_a_lack_of_memory_for_turning_a_photo_is_not_hidden(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    write_photo(tmp_path / "a.png")
+    monkeypatch.setattr(data.ImageOps, "exif_transpose", fail)
+    with pytest.raises(MemoryError):
+        data.decode(tmp_path / "a.png", 16)
+
+
 @pytest.mark.parametrize("width", [300, 768, 3000])
-def test_the_decoders_own_scaling_stays_within_a_grey_level(width, release, tmp_path):
-    with Image.open(release / "images/derm0003.jpg") as image:
+def test_the_decoders_own_scaling_stays_within_a_grey_level(width, spc_folder, tmp_path):
+    with Image.open(spc_folder / "images/derm0003.jpg") as image:
         large = image.resize((width, width * 2 // 3), Image.BICUBIC)
     large.save(tmp_path / "large.jpg", quality=90)
     with Image.open(tmp_path / "large.jpg") as image:
         exact = np.asarray(image.resize((96, 96), Image.BILINEAR), float)
     assert np.abs(data.decode(tmp_path / "large.jpg", 96) - exact).mean() < 1
 
-# ------------------------------------------------------------------------------------------------------------ the cache
 
-def test_cache_is_decoded_once_and_found_by_content(tmp_path, monkeypatch):
-    decoded, decode = [], data.decode
-    monkeypatch.setattr(data, "decode", lambda path, size: decoded.append(path) or decode(path, size))
+# ----------------------------------------------------------------------------- the cache
+
+
+def test_photos_are_decoded_once_and_found_by_their_contents(tmp_path, monkeypatch):
+    decoded = []
+    decode = data.decode
+
+    def count(path, size):
+        decoded.append(path)
+        return decode(path, size)
+
+    monkeypatch.setattr(data, "decode", count)
     first = data.read(make_pairs(tmp_path), 16)
     again = data.read(tmp_path, 16)
-    assert isinstance(first.pixels, np.memmap) and first.pixels.shape == (40, 2, 16, 16, 3) and len(decoded) == 80
-    assert (again.pixels == first.pixels).all() and again.fingerprint == first.fingerprint
-    photo(tmp_path / "d5.png", (1, 2, 3))  # the same name, another picture
+    assert len(decoded) == 2 * 80, "each once for its pixels and once for its small picture"
+    assert first.pixels.shape == (40, 2, 16, 16, 3)
+    assert torch.equal(again.pixels, first.pixels)
+    assert (again.photo_hashes == first.photo_hashes).all()
+    assert again.fingerprint == first.fingerprint
+    write_photo(tmp_path / "d5.png", (1, 2, 3))  # the same name, another picture
     changed = data.read(tmp_path, 16)
-    assert len(decoded) == 160 and changed.pixels[5, 1].max() < 9 and changed.fingerprint != first.fingerprint
+    assert len(decoded) == 4 * 80
+    assert changed.pixels[5, 1].max() < 9
+    assert changed.fingerprint != first.fingerprint
     assert data.read(tmp_path, 20).pixels.shape[2] == 20
+
+
+def test_another_decoder_decodes_anew(tmp_path, monkeypatch):
+    data.read(make_pairs(tmp_path), 16)
+    monkeypatch.setattr(data, "DECODER_VERSION", data.DECODER_VERSION + 1)
+    monkeypatch.setattr(data, "decode", lambda path, size: np.zeros((size, size, 3), np.uint8))
+    assert data.read(tmp_path, 16, to_train=False).pixels.max() == 0
+
+
+def test_ctrl_c_stops_decoding(tmp_path, monkeypatch):
+    decoded = []
+
+    def decode_slowly(path, size):
+        decoded.append(path)
+        time.sleep(0.01)
+        return np.zeros((size, size, 3), np.uint8)
+
+    def stop(items, title):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "decode", decode_slowly)
+    monkeypatch.setattr(data, "progress", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data.read(make_pairs(tmp_path), 16)
+    assert len(decoded) < 80
+
+
+def test_pixels_are_read_from_the_file_not_copied(tmp_path):
+    pixels = data.read(make_pairs(tmp_path), 64).pixels
+    address = hex(pixels.data_ptr())[2:]
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux lists its memory maps")
+    for line in maps.read_text().splitlines():
+        start, end = line.split(" ")[0].split("-")
+        if int(start, 16) <= int(address, 16) < int(end, 16):
+            assert "runs/cache" in line
+
 
 def test_a_stopped_run_leaves_nothing(tmp_path, monkeypatch):
     def stop(source, target):
         raise KeyboardInterrupt
+
     make_pairs(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stop)
@@ -525,159 +1386,359 @@ def test_a_stopped_run_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("runs/cache/*"))
     assert len(data.read(tmp_path, 16).pixels) == 40
 
-def test_full_disk_and_unwritable_cache_are_one_sentence(tmp_path, monkeypatch, capsys):
-    def full(file, pixels):
+
+def test_a_full_disk_and_an_unwritable_cache_are_one_sentence(tmp_path, monkeypatch, capsys):
+    def full(file, array):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     make_pairs(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as stop:
-        data.speak(lambda: data.read(tmp_path, 16, tmp_path / "file/cache"), DataError)
+    with pytest.raises(SystemExit) as stopped:
+        data.run_main(lambda: data.read(tmp_path, 16, tmp_path / "file/cache"), DataError)
+    assert stopped.value.code == 2
+    assert "file/cache" in capsys.readouterr().err
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(SystemExit):
-        data.speak(lambda: data.read(tmp_path, 16), DataError)
-    text = capsys.readouterr().err
-    assert stop.value.code == 2 and "file/cache" in text and "No space left" in text
+        data.run_main(lambda: data.read(tmp_path, 16), DataError)
+    assert "No space left" in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/cache/*"))
 
-def test_ctrl_c(capsys):
-    def stop():
-        raise KeyboardInterrupt
-    with pytest.raises(SystemExit) as stopped:
-        data.speak(stop)
-    assert stopped.value.code == 130 and capsys.readouterr().err.endswith("stopped\n")
 
-# ----------------------------------------------------------------------------------------------- pairs and augmentation
+# --------------------------------------------------------------------------------- words
 
-def test_a_pair_stays_a_pair_with_its_label(tmp_path):
-    """Photos with a printed code, through the reader, the cache, shuffling and augmentation."""
-    for i in range(64):
-        code = [255 * (i >> bit & 1) for bit in range(6)]  # six bars, black or white; the dermoscopy photo is blue
-        for name, blue in ((f"c{i}", 0), (f"d{63 - i}", 255)):
-            bars = np.zeros((48, 48, 3), np.uint8)
-            bars[..., 0], bars[..., 2] = np.repeat(code, 8), blue
-            Image.fromarray(bars).save(tmp_path / f"{name}.png")
-    rows = [(f"c{i}.png", f"d{63 - i}.png", i % 2, i) for i in range(64)]
-    write(tmp_path / "pairs.csv", ["clinical", "dermoscopy", "number", "case"], rows)
-    found = data.read(tmp_path, 48)
-    rows = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    batch = torch.from_numpy(found.pixels)[rows]
-    plain = data.as_inputs(batch, found.views)
-    moved = data.augment(batch, found.views, torch.Generator().manual_seed(0))
-    for n, row in enumerate(rows):
-        c = plain["clinical"][n, 0]
-        number = sum(int(c[24, 8 * bit + 4] > 0) << bit for bit in range(6))
-        assert number == row == int(found.cases[row]) and number % 2 == found.labels[row, 0]
-        for inputs in (plain, moved):
-            c, d = inputs["clinical"][n], inputs["dermoscopy"][n]
-            assert c[2].mean() < d[2].mean() - 1, "clinical and dermoscopy changed places"
-            if 0 < row < 63:  # the same bars at the same places: one geometry for both
-                assert ((c[0] > c[0].mean()) == (d[0] > d[0].mean())).float().mean() > 0.97
 
-def test_as_inputs_is_torchvisions_normalisation():
-    pixels = torch.randint(0, 256, (5, 2, 16, 16, 3), dtype=torch.uint8)
-    inputs = data.as_inputs(pixels, data.VIEWS)
-    assert list(inputs) == ["clinical", "dermoscopy"]
-    for v, ours in enumerate(inputs.values()):
-        photos = pixels[:, v].permute(0, 3, 1, 2) / 255
-        close(ours, normalize(photos, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), 1e-6)
+def test_words_are_the_same_in_every_release():
+    assert (
+        data.patient_word("age", "45.0") == data.patient_word("age_approx", "40") == "age from 40"
+    )
+    assert data.patient_word("age", "0.0") == "age from 0"
+    for column in ("site", "localization", "location", "anatom_site_general", "anatom_site_2"):
+        assert data.patient_word(column, "Lower_Extremity") == "site lower extremity"
+    assert data.patient_word("elevation", "Flat") == "elevation flat"
 
-def test_augmentation_is_drawn_from_the_generator_alone():
-    pixels = torch.randint(0, 256, (20, 2, 16, 16, 3), dtype=torch.uint8)
-    one, again, other = (data.augment(pixels, data.VIEWS, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    assert all(torch.equal(one[view], again[view]) and not torch.equal(one[view], other[view]) for view in data.VIEWS)
 
-def map_and_light(pictures):
-    """From augmented copies of the map below: where each place comes from, as (2, 3) matrices; contrast; brightness.
-    Red and green are a place's x and y in the photo, blue has two levels, which tell contrast and brightness."""
-    x = 255 * (pictures * torch.tensor(data.STD).view(3, 1, 1) + torch.tensor(data.MEAN).view(3, 1, 1))
-    low, high = x[:, 2].flatten(1).min(1).values, x[:, 2].flatten(1).max(1).values
-    contrast = (high - low) / 80
-    brightness = low - 80 * contrast
-    place = (x[:, :2] - brightness.view(-1, 1, 1, 1)) / contrast.view(-1, 1, 1, 1)
-    place = (place - 120) / 40  # from -1 to 1
-    side = (torch.arange(40) * 2 + 1) / 40 - 1
-    v, u = torch.meshgrid(side, side, indexing="ij")
-    near = (u.abs() < 0.3) & (v.abs() < 0.3)  # what comes from there is never reflected
-    known = torch.stack((u[near], v[near], torch.ones(int(near.sum()))), 1)
-    return place[:, :, near] @ torch.linalg.pinv(known).mT, contrast, brightness / 255
+def test_words_are_learned_from_the_training_split_alone(tmp_path):
+    table = make_pairs(tmp_path, 60) / OWN
+    columns = {
+        "split": ["train"] * 20 + ["valid"] * 20 + ["test"],
+        "sex": ["male"] * 10 + [""] * 10 + ["female"],
+        "age": ["30", "unknown", "71"] * 19 + ["12"],
+        "elevation": ["flat", "nodular"],
+        "level_of_diagnostic_difficulty": ["low", "high"],
+        "site": ["", "arm", ""],
+        "location": ["", "leg", ""],
+    }
+    add_columns(table, columns)
+    release = data.read(tmp_path, 16)
+    assert release.vocabulary == ["", "begin", "age from 20", "age from 60", "sex male", "site arm"]
+    assert release.words[:3].tolist() == [[1, 2, 4], [1, 4, 5], [1, 3, 4]]
+    assert release.words[30].tolist() == [1, 2, 0]
+    assert release.words[59].tolist() == [1, 0, 0], "words of the test split were learned"
+    assert set(release.metadata) == set(columns) - {"split"}, "for the results of subgroups"
+    other = data.read(tmp_path, 16, vocabulary=["", "begin", "sex female", "sex male"])
+    assert other.words[:2].tolist() == [[1, 3], [1, 3]]
+    assert other.words[59].tolist() == [1, 2]
 
-def test_each_step_of_the_papers_augmentation_occurs_with_its_probability_and_range():
-    side = (torch.arange(40) * 2 + 1) / 40 - 1
-    pixels = torch.empty(1, 2, 40, 40, 3)
-    pixels[..., 0], pixels[..., 1] = 120 + 40 * side, 120 + 40 * side[:, None]
-    pixels[..., 2] = 80 + 80 * (side > 0)
-    n = 1000
-    copies = data.augment(pixels.expand(n, -1, -1, -1, -1), data.VIEWS, torch.Generator().manual_seed(0))
-    geometry, contrast, brightness = map_and_light(copies["clinical"])
-    other, other_contrast, other_brightness = map_and_light(copies["dermoscopy"])
-    assert (geometry - other).abs().max() < 1e-3, "both photos share the geometry"
 
-    def often(condition, share):
-        assert abs(condition.float().mean() - share) < 0.05, f"{condition.float().mean():.3f} instead of {share}"
+# -------------------------------------------------------- other lesions than a run's own
 
-    def uniform(values, low, high):
-        assert values.min() > low - 0.003 and values.max() < high + 0.003
-        for quarter in range(4):
-            often((values - low) / (high - low) < quarter / 4, quarter / 4)
 
-    matrix, shift = geometry[:, :, :2], geometry[:, :, 2]
-    zoom = torch.linalg.det(matrix).abs() ** -0.5
-    rigid = matrix @ matrix.mT * zoom.view(n, 1, 1) ** 2
-    assert (rigid - torch.eye(2)).abs().max() < 0.01, "nothing but flips, turns and zoom"
-    often(torch.linalg.det(matrix) < 0, 1 / 2)  # one flip, not two
-    moved = (zoom - 1).abs() + shift.abs().sum(1) > 0.003
-    often(moved, 1 / 2)
-    uniform(zoom[moved], 0.5, 1.5)
-    uniform(shift[moved].flatten(), -1 / 8, 1 / 8)
-    angle = torch.rad2deg(torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]))
-    uniform((angle[moved] + 45) % 90, 0, 90)
-    still = angle[~moved].round()
-    assert set(still.abs().tolist()) <= {0, 90, 180}
-    often(still.abs() == 90, 1 / 4)  # a quarter turn in half of the copies, by 0 to 3 quarters
-    often(still == 0, 3 / 8)
+def test_labels_are_matched_by_the_names_of_task_and_class(tmp_path):
+    table = make_pairs(tmp_path) / OWN
+    add_columns(table, {"veil": ["absent", "Present", "unclear"], "network": ["typical", "absent"]})
+    release = data.read(tmp_path, 16, to_train=False)
+    tasks = {"VEIL": ("absent", "blue", "present"), "lesion": ("b", "a")}
+    matched = data.match_labels(release, tasks)
+    assert matched.tasks == tasks
+    assert matched.labels[:4].tolist() == [[0, 1], [2, 0], [-1, 1], [-1, 0]]
+    assert (
+        "no class veil/unclear, network/absent, network/typical; these labels" in matched.notes[-1]
+    )
+    assert len(release.tasks) == 3, "the release itself is unchanged"
 
-    lit, other_lit = (contrast - 1).abs() > 1e-5, (other_contrast - 1).abs() > 1e-5
-    often(lit, 1 / 2)
-    often(lit & other_lit, 1 / 4)  # each photo has its own light
-    for values, change in ((contrast[lit], 1), (other_contrast[other_lit], 1), (brightness[lit], 0),
-                           (other_brightness[other_lit], 0)):
-        uniform(values, change - 0.2, change + 0.2)
-    assert brightness[~lit].abs().max() < 0.001
 
-# ------------------------------------------------------------------------------------------------------- synthetic SPC
+def test_a_release_of_one_lesion(tmp_path):
+    write_photo(tmp_path / "c.png", (10, 20, 30))
+    write_photo(tmp_path / "d.png", (40, 50, 60))
+    vocabulary = ["", "begin", "age from 40", "sex female"]
+    photos = {"dermoscopy": tmp_path / "d.png", "clinical": tmp_path / "c.png"}
+    about = {"sex": "Female", "age": "55", "site": "arm"}
+    release = data.release_of_one(photos, about, 16, vocabulary)
+    assert (release.views, release.tasks) == (data.VIEWS, {})
+    assert release.labels.shape == (1, 0)
+    assert release.words.tolist() == [[1, 2, 3]]  # in the order of training
+    assert release.pixels[0, :, 0, 0].tolist() == [[10, 20, 30], [40, 50, 60]]
+    assert release.notes == ["WARNING: the run has not learned the word 'site arm'; it is left out"]
+    batch = data.make_batch(release, torch.tensor([0]), CPU)
+    assert batch["clinical"].shape == (1, 3, 16, 16)
 
-def test_synthetic_lesions_are_seeded_whole_and_in_derm7pts_layout(release, tmp_path):
+    photos["clinical"] = photos["dermoscopy"]
+    assert "are one photo" in data.release_of_one(photos, {}, 16, vocabulary).notes[0]
+    alone = data.release_of_one({"clinical": tmp_path / "c.png"}, {}, 16, vocabulary)
+    assert (alone.views, alone.words.tolist(), alone.notes) == (("clinical",), [[1]], [])
+
+
+def test_only_what_a_run_cannot_learn_from_one_lesion_is_warned_of(tmp_path):
+    write_photo(tmp_path / "c.png")
+    vocabulary = ["", "begin", "age from 40"]
+    photos = {"clinical": tmp_path / "c.png"}
+    about = {"age": "45", "age_approx": "70", "sex": "", "elevation": "flat"}
+    release = data.release_of_one(photos, about, 16, vocabulary)
+    assert release.words.tolist() == [[1, 2]]
+    assert release.notes == [
+        "WARNING: 'elevation flat' is no fact that a run can learn; it is left out"
+    ]
+
+
+def release_with_ids(cases, lesion_ids, patients, photos):
+    pixels = torch.zeros(len(cases), 1, 4, 4, 3, dtype=torch.uint8)
+    release = release_of(pixels, ("dermoscopy",))
+    release.cases = cases
+    release.lesion_ids = lesion_ids
+    release.patients = patients
+    release.photo_hashes = np.array([[photo] for photo in photos])
+    return release
+
+
+def test_known_lesions_are_found_by_case_lesion_patient_and_photo():
+    old = release_with_ids(["A", "B", "C"], ["", "IL_2", ""], ["", "", "IP_3"], ["p1", "p2", "p3"])
+    seen = data.identities(old, torch.tensor([0, 1, 2]))
+    assert seen == {"ids": ["A", "B", "C", "IL_2", "IP_3"], "photos": ["p1", "p2", "p3"]}
+    assert data.identities(old, torch.tensor([0])) == {"ids": ["A"], "photos": ["p1"]}
+
+    cases = ["A", "E", "F", "G", "IL_2", "H"]
+    lesions = ["", "B", "IL_7", "", "", ""]
+    patients = ["", "", "IP_3", "", "", ""]
+    new = release_with_ids(cases, lesions, patients, ["q1", "q2", "q3", "p2", "q5", "q6"])
+    known, message = data.find_known(new, seen)
+    assert known.tolist() == [True, True, True, True, True, False]
+    assert message == "5 of 6 lesions have been seen before: 4 by id, 1 by photo."
+    known, message = data.find_known(new, {"ids": [], "photos": []})
+    assert (known.any(), message) == (False, "")
+
+
+def test_ids_are_compared_as_people_do():
+    old = release_with_ids(["Ab 1"], [""], ["P3"], ["p1"])
+    new = release_with_ids(["ab  1", "B", "C"], [""] * 3, ["", "p3", "P33"], ["q1", "q2", "q3"])
+    known, _ = data.find_known(new, data.identities(old, torch.tensor([0])))
+    assert known.tolist() == [True, True, False]
+
+
+def test_numbers_and_photo_names_mean_nothing_in_another_release():
+    """Two tables may both count from 1, or name their photos a.jpg."""
+    names = ["1", "2.0", "a.jpg b.jpg", "photos/7a.PNG", "D"]
+    numbers = ["", "8", "", "", ""]
+    old = release_with_ids(names, numbers, numbers[::-1], ["p1", "p2", "p3", "p4", "p5"])
+    seen = data.identities(old, torch.arange(5))
+    assert seen == {"ids": ["D"], "photos": ["p1", "p2", "p3", "p4", "p5"]}
+    new = release_with_ids(names, numbers, numbers[::-1], ["q1", "q2", "p3", "q4", "q5"])
+    known, message = data.find_known(new, seen)
+    assert known.tolist() == [False, False, True, False, True]
+    assert message.endswith("Lesion ids and patients that are mere numbers were not compared.")
+
+
+@pytest.mark.parametrize("has_cases", [False, True])
+def test_a_run_finds_its_own_lesions_and_none_of_an_unrelated_table(has_cases, tmp_path):
+    """Both tables name and number their photos and cases alike."""
+    make_pairs(tmp_path / "own")
+    make_pairs(tmp_path / "unrelated")
+    for i in range(40):
+        for name in (f"c{i}", f"d{i}"):
+            write_photo(tmp_path / "unrelated" / f"{name}.png", (i, 7, ord(name[0])))
+    if has_cases:
+        for folder in ("own", "unrelated"):
+            add_columns(tmp_path / folder / OWN, {"case": [str(n) for n in range(1, 41)]})
+    own = data.read(tmp_path / "own", 16)
+    learned = torch.cat((own.rows("train"), own.rows("valid")))
+    seen = data.identities(own, learned)
+    again = data.read(tmp_path / "own", 24, to_train=False)
+    assert again.cases == own.cases
+    known, _ = data.find_known(again, seen)
+    assert np.flatnonzero(known).tolist() == sorted(learned.tolist())
+    unrelated = data.read(tmp_path / "unrelated", 16, to_train=False)
+    known, message = data.find_known(unrelated, seen)
+    assert (known.any(), message) == (False, "")
+
+
+def test_lesion_ids_of_different_kinds_cannot_be_compared():
+    ham = release_with_ids(["ISIC_1"], ["HAM_0000001"], ["IP_4"], ["p1"])
+    milk10k = release_with_ids(["IL_0000001"], ["IL_0000001"], [""], ["q1"])
+    seen = data.identities(ham, torch.tensor([0]))
+    known, message = data.find_known(milk10k, seen)
+    assert not known.any()
+    assert "cannot be compared (IL_ with HAM_)" in message
+    assert (
+        data.find_known(ham, data.identities(milk10k, torch.tensor([0])))[1].count("HAM_ with IL_")
+        == 1
+    )
+    own = release_with_ids(["17"], [""], [""], ["q2"])
+    assert data.find_known(own, seen)[1] == ""
+
+
+# --------------------------------------------------------------------- the synthetic SPC
+
+
+def test_drawn_lesions_are_seeded_and_in_derm7pts_layout(spc_folder, tmp_path):
     again, other = tmp_path / "again", tmp_path / "other"
     data.synthesize(again, cases=60, height=48)
-    for path in sorted(release.rglob("*.*")):
-        assert path.read_bytes() == (again / path.relative_to(release)).read_bytes(), path.name
+    for path in sorted(spc_folder.rglob("*.*")):
+        assert path.read_bytes() == (again / path.relative_to(spc_folder)).read_bytes(), path.name
     data.synthesize(other, cases=60, height=48, seed=1)
-    assert (release / META).read_bytes() != (other / META).read_bytes()
-    assert data.read(release, 16).kind == "synthetic"
+    assert (spc_folder / META).read_bytes() != (other / META).read_bytes()
+    release = data.read(spc_folder, 16, masks=True)
+    assert (release.kind, release.views) == ("synthetic", (*data.VIEWS, "mask"))
     data.synthesize(again, cases=5)
     assert len(list((again / "images").iterdir())) == 180, "drawn over what was there"
 
+
+def test_drawings_are_what_they_have_always_been(spc_folder):
+    """The README's figures of the demo hold for these drawings: their mean grey, case 0 to 3."""
+    greys = {"clinic": [], "derm": []}
+    for name, values in greys.items():
+        for n in range(4):
+            with Image.open(spc_folder / f"images/{name}{n:04}.jpg") as image:
+                values.append(np.asarray(image).mean())
+    close(greys["clinic"], [156.34, 151.50, 184.70, 189.40], 1e-3)
+    close(greys["derm"], [160.52, 155.63, 171.19, 168.59], 1e-3)
+
+
 def test_two_runs_that_draw_at_once_do_no_harm(tmp_path, monkeypatch):
     rename = os.rename
-    def late(source, target):  # the other one is faster
+
+    def come_too_late(source, target):
         shutil.copytree(source, target)
         rename(source, target)
-    monkeypatch.setattr(os, "rename", late)
+
+    monkeypatch.setattr(os, "rename", come_too_late)
     data.synthesize(tmp_path / "spc", cases=12, height=32)
     assert [path.name for path in tmp_path.iterdir()] == ["spc"]
 
-def test_masks_lie_on_the_lesions(release):
-    overlaps = []
-    for path in sorted(release.glob("images/*_segmentation.png"))[:20]:
-        mask = np.asarray(Image.open(path)) > 0
-        photo = np.asarray(Image.open(path.with_name(path.name.replace("_segmentation.png", ".jpg"))), float)
-        unlike_skin = np.abs(photo - photo[:4].mean((0, 1))).sum(2) > 60
-        overlaps.append([(unlike_skin == np.roll(mask, shift, 1)).mean() for shift in (0, 6, -6)])
-    here, right, left = np.mean(overlaps, 0)
-    assert here > 0.9 and here > max(left, right) + 0.03
 
-def test_main_reports_and_draws_a_contact_sheet(pairs, tmp_path, capsys):
-    data.main([str(pairs)])
-    assert "veil         present" in capsys.readouterr().out
+def test_drawing_where_nothing_can_be_made_is_an_error(tmp_path):
+    (tmp_path / "spc").touch()
+    with pytest.raises(OSError, match="spc"):
+        data.synthesize(tmp_path / "spc", cases=2, height=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["spc"]
+
+
+def test_a_stopped_drawing_leaves_nothing(tmp_path, monkeypatch):
+    def stop(signs, rng, height):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "draw_dermoscopy", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data.synthesize(str(tmp_path / "spc"), cases=2, height=32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_masks_lie_on_the_lesions(spc_folder):
+    agreement = []  # of each drawing: mask and colours; the same with the mask 6 pixels beside it
+    for path in sorted(spc_folder.glob("images/*_segmentation.png"))[:20]:
+        mask = np.asarray(Image.open(path)) > 0
+        photo = np.asarray(
+            Image.open(path.with_name(path.name.replace("_segmentation.png", ".jpg"))), float
+        )
+        skin = photo[:4].mean((0, 1))
+        is_unlike_skin = np.abs(photo - skin).sum(2) > 60
+        agreement.append(
+            [(is_unlike_skin == np.roll(mask, shift, 1)).mean() for shift in (0, 6, -6)]
+        )
+    here, right, left = np.mean(agreement, 0)
+    assert here > 0.9
+    assert here > max(left, right) + 0.03
+
+
+# ------------------------------------------------------------------- for the other files
+
+
+def test_ctrl_c_ends_with_130(capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        data.run_main(stop)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.endswith("stopped\n")
+
+
+def test_only_what_a_user_can_mend_ends_in_a_sentence(capsys):
+    def fail(error):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        data.run_main(lambda: fail(DataError("a sentence")), DataError)
+    assert stopped.value.code == 2
+    for error, text in ((MemoryError(), ": not enough memory\n"), (OSError(), ": OSError\n")):
+        with pytest.raises(SystemExit):
+            data.run_main(lambda error=error: fail(error), DataError)
+        assert capsys.readouterr().err.endswith(text)
+    with pytest.raises(KeyError):
+        data.run_main(lambda: fail(KeyError("a mistake of ours")), DataError)
+
+
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with data.atomic_write(path) as one, data.atomic_write(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+        assert one != other
+        assert not path.exists()
+    assert path.read_text() == "one"  # which was renamed last
+    with pytest.raises(ZeroDivisionError), data.atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "one"
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_progress_says_what_is_done_and_the_time_left(capsys, monkeypatch):
+    assert list(data.progress("abc", "letters")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == "", "nothing in a file or pipe"
+    clock = iter(range(0, 9_000, 21))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))  # 21 seconds an item
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(data.progress(range(5), "numbers")) == [0, 1, 2, 3, 4]
+    lines = capsys.readouterr().err.split(data.CLEAR_LINE)
+    assert lines[-2].startswith("numbers: 4 of 5, 0:")
+    assert lines[1] == "numbers: 1 of 5, 2:48 left"
+    assert lines[-1] == "", "the line is cleared in the end"
+
+
+# ------------------------------------------------------------------- python data.py PATH
+
+
+def test_main_prints_how_a_release_was_understood_and_draws_it(pairs_csv, tmp_path, capsys):
+    data.main([str(pairs_csv)])
+    text = capsys.readouterr().out
+    assert text.startswith("pairs, 40 lesions with clinical and dermoscopy\n")
+    assert "split: 3 different (train 16, test 14, valid 10), 0 lesions without" in text
+    assert "masks: 40 lesions" in text
+    assert "age: 9 different (0 5, 10 5, 20 5, 30 5), 0 lesions without" in text
+    assert "words of the training split: age from 0, age from 20," in text
+    assert "veil         present" in text
     with Image.open(tmp_path / "runs/pairs-contact-sheet.png") as sheet:
         assert sheet.size == (8 * 128, 5 * 128)
+
+
+def test_main_reads_the_masks_of_a_release_without_labels(tmp_path, capsys):
+    table = make_pairs(tmp_path) / OWN
+    remove_column(table, "lesion")
+    add_columns(table, {"mask": ["c0.png"]})
+    write_photo(tmp_path / "c0.png", (255, 255, 255))
+    data.main([str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "pairs, 40 lesions with clinical and dermoscopy\n" in text
+    assert "split: 3 different (train 28, test 8, valid 4), 0 lesions without" in text
+    assert "masks: 40 lesions" in text
+
+
+def test_main_prints_a_release_without_labels(tmp_path, capsys):
+    remove_column(make_pairs(tmp_path, 3) / OWN, "lesion")
+    data.main([str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "pairs, 3 lesions" in text
+    assert "split: 0 different (none), 3 lesions without" in text
+    assert "no labels" in text
+    (sheet,) = tmp_path.glob("runs/*-contact-sheet.png")
+    with Image.open(sheet) as image:
+        assert image.size == (8 * 128, 128)

@@ -1,9 +1,13 @@
-"""Metrics against scikit-learn, searches against loops, statistics, files, new lesions, the answer for one lesion."""
+"""Metrics against scikit-learn, searches and statistics against plain loops, files, other releases,
+MILK10k's submission, the answer for one lesion."""
+
 import csv
 import itertools
 import json
+import math
+import os
 import shutil
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,574 +19,1337 @@ from sklearn import metrics
 import data
 import evaluate
 import model
-from conftest import close
-from evaluate import RunError
+from conftest import FASTER_EVALUATION, close
+from evaluate import LateFusion, Predictions
+from model import RunError
 
+CPU = torch.device("cpu")
 TASKS = {"DIAG": ("a", "b", "c"), "PN": ("absent", "present")}
 BRANCHES = ("clinical", "dermoscopy", "fusion")
-CPU = torch.device("cpu")
 
-def made(n=80, tasks=TASKS, seed=0, ties=False):
-    """Random labels (n, T), and three branches that know something of them."""
+
+def make_lesions(n=80, tasks=TASKS, seed=0, ties=False):
+    """Random labels (n, T), and three branches (n, K) that know something of them."""
     rng = np.random.default_rng(seed)
-    labels = np.stack([rng.integers(0, len(classes), n) for classes in tasks.values()], 1)
-    truth = np.concatenate([np.eye(len(classes))[labels[:, t]] for t, classes in enumerate(tasks.values())], 1)
+    columns = [rng.integers(0, len(classes), n) for classes in tasks.values()]
+    labels = np.stack(columns, axis=1)
+    one_hot = [np.eye(len(classes))[labels[:, t]] for t, classes in enumerate(tasks.values())]
+    truth = np.concatenate(one_hot, axis=1)
     branches = {}
     for branch in BRANCHES:
         logits = 1.2 * truth + rng.normal(size=truth.shape)
         if ties:
             logits = logits.round()
-        branches[branch] = evaluate.fuse({branch: np.exp(logits)}, {branch: 1.0}, tasks)
+        branches[branch] = softmax(logits, tasks)
     return labels, branches
 
-def predictions(labels, branches, tasks=TASKS):
+
+def softmax(logits, tasks):
+    """Task by task, in plain numpy."""
+    parts = []
+    first = 0
+    for classes in tasks.values():
+        powers = np.exp(logits[:, first : first + len(classes)])
+        parts.append(powers / powers.sum(1, keepdims=True))
+        first += len(classes)
+    return np.concatenate(parts, axis=1)
+
+
+def make_predictions(labels, branches, tasks=TASKS):
     """Predictions whose first half is the validation split."""
     numbers = np.arange(len(labels))
     split = np.where(numbers < len(labels) // 2, "valid", "test")
-    return evaluate.Predictions(tasks, numbers.astype(str), split, labels, {}, dict(branches), {})
+    return Predictions(tasks, numbers.astype(str), split, labels, {}, dict(branches), {}, "data 1")
 
-def with_branches(run, branches):
-    """The run as if its network had given these probabilities."""
-    saved = evaluate.load_checkpoint(run / "model.pt")
-    evaluate.write_predictions(run / "predictions.csv", evaluate.lesions_of(saved), branches)
-    return evaluate.evaluate_run(run)
 
-# -------------------------------------------------------------------------------------------------------------- metrics
+def drawn_rows(counts):
+    """The lesions of one resample, copied as often as they are drawn."""
+    return np.repeat(np.arange(len(counts)), counts.astype(int))
+
+
+# ---------------------------------------------------------------------------------------- metrics
+
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("tasks", [TASKS, data.SPC_TASKS], ids=["two tasks", "SPC"])
 def test_every_metric_is_scikit_learns(tasks, ties):
-    labels, branches = made(150, tasks, ties=ties)
+    labels, branches = make_lesions(150, tasks, ties=ties)
     labels[::7, 0] = -1
-    found = evaluate.measure(branches["fusion"], labels, tasks)
+    measured = evaluate.measure(branches["fusion"], labels, tasks)
     first = 0
     for t, (task, classes) in enumerate(tasks.items()):
         known = labels[:, t] >= 0
-        truth, scores = labels[known, t], branches["fusion"][known, first:first + len(classes)]
-        guess, first = scores.argmax(1), first + len(classes)
-        close(found["accuracy"][task], np.mean([a == b for a, b in zip(truth, guess)]))
-        close(found["macro_f1"][task], metrics.f1_score(truth, guess, average="macro"))
+        truth = labels[known, t]
+        scores = branches["fusion"][known, first : first + len(classes)]
+        guess = scores.argmax(1)
+        first += len(classes)
+        close(measured["accuracy"][task], np.mean([a == b for a, b in zip(truth, guess)]))
+        close(measured["macro_f1"][task], metrics.f1_score(truth, guess, average="macro"))
         for k, name in enumerate(classes):
             column = f"{task}/{name}"
-            if column in found["auc"]:
-                pairs = list(itertools.product(scores[truth == k, k], scores[truth != k, k]))
-                close(found["auc"][column], np.mean([(a > b) + (a == b) / 2 for a, b in pairs]))
-                close(found["auc"][column], metrics.roc_auc_score(truth == k, scores[:, k]))
-                close(found["precision"][column], metrics.precision_score(truth == k, guess == k))
-                close(found["sensitivity"][column], (guess[truth == k] == k).mean())
-                close(found["specificity"][column], (guess[truth != k] != k).mean())
-    close(found["mean_auc"], np.mean(list(found["auc"].values())))
+            if column not in measured["auc"]:
+                continue
+            pairs = itertools.product(scores[truth == k, k], scores[truth != k, k])
+            wins = [(a > b) + (a == b) / 2 for a, b in pairs]
+            close(measured["auc"][column], np.mean(wins))
+            close(measured["auc"][column], metrics.roc_auc_score(truth == k, scores[:, k]))
+            precision = metrics.precision_score(truth == k, guess == k, zero_division=0)
+            close(measured["precision"][column], precision)
+            close(measured["sensitivity"][column], metrics.recall_score(truth == k, guess == k))
+            close(measured["specificity"][column], metrics.recall_score(truth != k, guess != k))
+    for metric in ("auc", "accuracy", "macro_f1", "precision", "sensitivity", "specificity"):
+        close(measured[f"mean_{metric}"], np.mean(list(measured[metric].values())))
 
-@pytest.mark.parametrize("tasks, expected", [
-    (data.SPC_TASKS, "DIAG/BCC DIAG/NEV DIAG/MEL DIAG/MISC DIAG/SK PN/TYP PN/ATP STR/REG STR/IR PIG/REG PIG/IR RS/PRS "
-                     "DaG/REG DaG/IR BWV/PRS VS/REG VS/IR"),
-    ({"DIAG": ("benign", "malignant")}, "DIAG/malignant"),
-    ({"DIAG": data.MILK10K}, " ".join(f"DIAG/{name}" for name in data.MILK10K))], ids=["SPC", "two", "MILK10k"])
-def test_columns_of_table_1(tasks, expected):
-    labels, branches = made(150, tasks)
-    assert list(evaluate.measure(branches["fusion"], labels, tasks)["auc"]) == expected.split()
 
-def test_what_nobody_has_has_no_column():
-    labels, branches = made()
+SPC_COLUMNS = """DIAG/BCC DIAG/NEV DIAG/MEL DIAG/MISC DIAG/SK PN/TYP PN/ATP STR/REG STR/IR PIG/REG PIG/IR
+    RS/PRS DaG/REG DaG/IR BWV/PRS VS/REG VS/IR"""
+MILK10K_COLUMNS = " ".join(f"DIAG/{name}" for name in evaluate.MILK10K)
+
+
+@pytest.mark.parametrize(
+    "tasks, columns",
+    [
+        (data.SPC_TASKS, SPC_COLUMNS),
+        ({"DIAG": ("benign", "malignant")}, "DIAG/malignant"),
+        ({"DIAG": evaluate.MILK10K}, MILK10K_COLUMNS),
+    ],
+    ids=["SPC", "two classes", "MILK10k"],
+)
+def test_columns_of_table_1(tasks, columns):
+    labels, branches = make_lesions(150, tasks)
+    measured = evaluate.measure(branches["fusion"], labels, tasks)
+    assert list(measured["auc"]) == columns.split()
+
+
+def test_what_no_lesion_has_gets_no_column():
+    labels, branches = make_lesions()
     labels[labels[:, 0] == 2, 0] = 1
     labels[:, 1] = -1
-    found = evaluate.measure(branches["fusion"], labels, TASKS)
-    assert list(found["auc"]) == ["DIAG/a", "DIAG/b"] and list(found["accuracy"]) == ["DIAG"]
+    measured = evaluate.measure(branches["fusion"], labels, TASKS)
+    assert list(measured["auc"]) == ["DIAG/a", "DIAG/b"]
+    assert list(measured["accuracy"]) == ["DIAG"]
 
-def test_table_4_corrected():
-    """The integers give the printed columns if PRE and SEN change places and SPE is the negative predictive value."""
-    printed = {"SEN": (73.3, 62.4, 57.6, 68.4, 76.7, 71.1, 69.6, 33.3),
-               "PRE": (65.3, 57.0, 52.1, 64.5, 52.8, 78.0, 73.3, 16.7),
-               "SPE": (88.5, 87.1, 85.5, 84.2, 84.5, 80.6, 93.7, 93.4)}
-    for n, (positives, true, false) in enumerate(evaluate.PAPER_TABLE_4.values()):
-        assert abs(100 * true / (true + false) - printed["SEN"][n]) < 0.06
-        assert abs(100 * true / positives - printed["PRE"][n]) < 0.06
-        assert abs(100 * (395 - positives - false) / (395 - true - false) - printed["SPE"][n]) < 0.11
 
-def test_one_task_has_average_precision_and_lrap():
-    """The label ranking average precision of one true class is the mean reciprocal of its rank."""
-    labels, branches = made(60, {"DIAG": ("a", "b", "c", "d")})
+def test_a_single_task_has_average_precision_and_lrap():
+    """With one true class LRAP is the mean reciprocal of its rank."""
+    tasks = {"DIAG": ("a", "b", "c", "d")}
+    labels, branches = make_lesions(60, tasks)
     scores = branches["fusion"]
-    found = evaluate.measure(scores, labels, {"DIAG": ("a", "b", "c", "d")})
-    ranks = [1 + sum(score > row[label] for score in row) for row, label in zip(scores, labels[:, 0])]
-    close(found["lrap"], np.mean([1 / rank for rank in ranks]))
-    expected = [metrics.average_precision_score(labels[:, 0] == k, scores[:, k]) for k in range(4)]
-    close(found["mean_ap"], np.mean(expected))
-    labels, branches = made(60)
+    measured = evaluate.measure(scores, labels, tasks)
+    reciprocals = []
+    for row, label in zip(scores, labels[:, 0]):
+        rank = 1 + sum(score > row[label] for score in row)
+        reciprocals.append(1 / rank)
+    close(measured["lrap"], np.mean(reciprocals))
+    ap = [metrics.average_precision_score(labels[:, 0] == k, scores[:, k]) for k in range(4)]
+    close(measured["mean_ap"], np.mean(ap))
+    labels, branches = make_lesions(60)
     assert not {"lrap", "mean_ap"} & evaluate.measure(branches["fusion"], labels, TASKS).keys()
 
-class Painter(torch.nn.Module):
-    """Finds everything that is bright."""
-    reads = ("dermoscopy",)
 
-    def forward(self, image):
-        return {"mask": image.mean(1, keepdim=True)}
+def make_release(pixels, views):
+    """A Release without labels, of these pixels (N, V, S, S, 3)."""
+    N = len(pixels)
+    return data.Release(
+        kind="pairs",
+        tasks={},
+        views=views,
+        cases=[str(n) for n in range(N)],
+        lesion_ids=[""] * N,
+        patients=[""] * N,
+        labels=torch.empty((N, 0), dtype=torch.int64),
+        split=np.full(N, "test"),
+        pixels=torch.from_numpy(pixels),
+        words=torch.ones((N, 1), dtype=torch.int64),
+        vocabulary=["", "begin"],
+        metadata={},
+        photo_hashes=np.full((N, 1), ""),
+        fingerprint="",
+        published=False,
+        notes=[],
+    )
+
+
+class FindsBright(torch.nn.Module):
+    """A network whose mask is all that is bright."""
+
+    inputs = ("dermoscopy",)
+
+    def forward(self, batch):
+        return {"mask": batch["dermoscopy"].mean(1, keepdim=True)}
+
 
 def test_overlaps_are_scikit_learns():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (60, 2, 8, 8, 3), np.uint8)
     pixels[0] = 0  # nothing there, nothing found
     pixels[1, 1] = 0  # nothing there, but something found
-    branches, overlaps = evaluate.predict(Painter(), pixels, ("dermoscopy", "mask"), np.zeros((60, 1), np.int64), CPU,
-                                          False)
-    inputs = data.as_inputs(torch.from_numpy(pixels), ("dermoscopy", "mask"))
-    assert not branches and overlaps["jaccard"][0] == overlaps["dice"][0] == 1 and overlaps["jaccard"][1] == 0
+    release = make_release(pixels, ("dermoscopy", "mask"))
+    rows = torch.arange(60)
+    branches, overlaps = evaluate.predict(FindsBright(), release, rows, CPU, amp=False)
+    assert not branches
+    assert overlaps["jaccard"][0] == overlaps["dice"][0] == 1
+    assert overlaps["jaccard"][1] == overlaps["dice"][1] == 0
+    batch = data.make_batch(release, rows, CPU)
     for n in range(1, 60):
-        given, found = inputs["mask"][n].flatten(), (inputs["dermoscopy"][n].mean(0) > 0).flatten()
-        close(overlaps["jaccard"][n], metrics.jaccard_score(given, found, zero_division=0), 1e-6)
-        close(overlaps["dice"][n], metrics.f1_score(given, found, zero_division=0), 1e-6)
+        true = batch["mask"][n].flatten()
+        found = (batch["dermoscopy"][n].mean(0) > 0).flatten()
+        close(overlaps["jaccard"][n], metrics.jaccard_score(true, found, zero_division=0))
+        close(overlaps["dice"][n], metrics.f1_score(true, found, zero_division=0))
 
-# ------------------------------------------------------------------------------------------------------------ bootstrap
 
-def test_resampled_auc_is_scikit_learns_with_weights():
-    labels, branches = made(60, ties=True)
-    positive, scores = labels[:, 0] == 1, branches["fusion"][:, 1]
-    counts = evaluate.resamples(labels)[:20]
-    expected = [metrics.roc_auc_score(positive, scores, sample_weight=weights) for weights in counts]
-    close(evaluate.resampled_auc(scores, positive, counts).filled(), expected)
+class KnowsBrightness(torch.nn.Module):
+    """Two tasks from the photo's mean colour; remembers in which mode it has worked."""
 
-def test_bootstrap_accuracy_counts_lesions_as_drawn():
-    labels, branches = made(60)
-    labels[::5, 1] = -1
-    found = evaluate.bootstrap(branches["fusion"], labels, TASKS)["mean_accuracy"]
-    known = labels[:, 1] >= 0
-    hit = branches["fusion"][known, 3:].argmax(1) == labels[known, 1]
-    for r, count in enumerate(evaluate.resamples(labels)[:5]):
-        close(found[1, r], metrics.accuracy_score(hit, np.ones_like(hit), sample_weight=count[known]))
+    inputs = ("clinical",)
 
-def test_resamples_are_the_same_and_within_the_classes_of_one_task():
-    labels, _ = made(50)
-    counts = evaluate.resamples(labels)
-    assert (counts[0] == 1).all() and (counts.sum(1) == 50).all() and (counts == evaluate.resamples(labels)).all()
-    assert (counts[1:, labels[:, 0] == 0].sum(1) != (labels[:, 0] == 0).sum()).any()
-    counts = evaluate.resamples(labels[:, :1])
-    for k in range(3):
-        assert (counts[:, labels[:, 0] == k].sum(1) == (labels[:, 0] == k).sum()).all()
+    def forward(self, batch):
+        self.was_training = self.training
+        colour = batch["clinical"].mean((2, 3))  # (B, 3)
+        return {"clinical": [colour, colour[:, :2]]}
 
-def test_resamples_that_lack_a_class_are_counted(tmp_path, capsys):
-    labels, branches = made(80)
-    labels[40:, 1] = 0
-    labels[60, 1] = 1  # a single case
-    p = predictions(labels, branches)
-    results = evaluate.finish(tmp_path, p, evaluate.decide(p))
-    lacking = (evaluate.resamples(labels[40:])[1:, 20] == 0).sum()
-    assert lacking > 300 and results["incomplete"] == lacking
-    evaluate.print_tables(results)
-    assert f"{lacking} of 1000 resamples lack a class" in capsys.readouterr().out
 
-def test_paired_difference():
-    labels, branches = made(120)
-    p, other = (predictions(labels, {"fusion": branches[branch]}) for branch in ("fusion", "clinical"))
-    values = evaluate.difference([p], [other])["mean_accuracy"]
-    test = labels[60:]
-    counts = evaluate.resamples(test)
-    right = {}
-    for branch in ("fusion", "clinical"):
-        answer = branches[branch][60:]
-        right[branch] = (answer[:, :3].argmax(1) == test[:, 0]) * 0.5 + (answer[:, 3:].argmax(1) == test[:, 1]) * 0.5
-    gaps = counts @ (right["fusion"] - right["clinical"]) / 60
-    close(values, [gaps[0], *np.percentile(gaps[1:], (2.5, 97.5))])
-    assert evaluate.difference([p], [p])["mean_auc"] == [0, 0, 0]
-    close(evaluate.difference([p, p, other], [other])["mean_accuracy"], np.multiply(values, 2 / 3))  # two seeds differ
+def test_predict_gives_probabilities_of_the_rows_asked_for():
+    """More rows than a batch, in their order, the tasks side by side, in evaluation mode."""
+    pixels = np.random.default_rng(0).integers(0, 256, (130, 1, 4, 4, 3), np.uint8)
+    release = make_release(pixels, ("clinical",))
+    rows = torch.arange(129, -1, -1)
+    network = KnowsBrightness().train()
+    branches, overlaps = evaluate.predict(network, release, rows, CPU, amp=False)
+    assert not overlaps and not network.was_training
+    colour = data.normalise(torch.from_numpy(pixels[::-1, 0].copy()).permute(0, 3, 1, 2))
+    expected = softmax(colour.mean((2, 3)).double().numpy()[:, [0, 1, 2, 0, 1]], TASKS)
+    close(branches["clinical"], expected, 1e-6)
 
-# ---------------------------------------------------------------------------------------------- what validation decides
+
+# ----------------------------------------------------------------------- what validation decides
+
 
 def test_fuse_averages_logits():
-    _, branches = made(30)
+    _, branches = make_lesions(30)
     weights = dict(zip(BRANCHES, (0.2, 0.3, 0.5)))
-    logits = sum(weights[branch] * (torch.tensor(values).log() + 3) for branch, values in branches.items()) / 2
-    expected = torch.cat([logits[:, :3].softmax(1), logits[:, 3:].softmax(1)], 1)
+    logits = sum(weights[branch] * (np.log(values) + 3) for branch, values in branches.items())
+    expected = softmax(logits / 2, TASKS)
     close(evaluate.fuse(branches, weights, TASKS, temperature=2.0), expected)
 
-@pytest.mark.parametrize("rule", ["near", "maximum"])
-@pytest.mark.parametrize("n, seed", [(5, 0), (5, 1), (60, 2), (60, 3)])
-def test_search_is_a_loop_over_the_grid(n, seed, rule):
-    """The other formulation: products of powers of probabilities, no softmax, integers for the hits."""
-    labels, branches = made(n, seed=seed)
-    found = []
-    for c, d in itertools.product(range(21), repeat=2):
-        if c + d <= 20:
-            triple = (c, d, 20 - c - d)
-            mixed = np.prod([branches[branch] ** (w / 20) for branch, w in zip(BRANCHES, triple)], 0)
-            hit = np.stack([mixed[:, :3].argmax(1) == labels[:, 0], mixed[:, 3:].argmax(1) == labels[:, 1]], 1)
-            found.append((hit.sum(), sum((3 * w - 20) ** 2 for w in triple), triple, np.std(hit.mean(1)) / n ** 0.5))
-    best = max(found, key=lambda each: (each[0], -each[1]))
-    if rule == "near":
-        best = min((each for each in found if each[0] >= best[0] - best[3] * 2 * n - 1e-6), key=lambda each: each[1])
-    distance = sum((60 * w - 20) ** 2 for w in evaluate.search_weights(branches, labels, TASKS, rule).values())
-    close(distance, best[1])  # several triples may be as near
 
-def test_both_rules_on_an_example():
-    """Of 16 lesions all branches know 13 and miss 2; a heavy dermoscopy branch wins one more: chance, says "near"."""
-    right, wrong, sure = [0.9, 0.1], [0.1, 0.9], [0.001, 0.999]
-    others = np.array([right] * 13 + [sure, wrong, wrong])
-    branches = {"clinical": others, "dermoscopy": np.array([right] * 14 + [wrong] * 2), "fusion": others}
-    labels, tasks = np.zeros((16, 1), int), {"DIAG": ("a", "b")}
-    assert list(evaluate.search_weights(branches, labels, tasks, "maximum").values()) == [0.1, 0.8, 0.1]
-    assert sorted(evaluate.search_weights(branches, labels, tasks, "near").values()) == [0.3, 0.35, 0.35]
-    assert evaluate.search_weights({"mask": others, "x": others}, labels, tasks) == {"mask": 0.5, "x": 0.5}
+def mix(branches, steps):
+    """Late fusion in another way: products of powers of probabilities, not normalised."""
+    mixed = 1.0
+    for probabilities, step in zip(branches.values(), steps):
+        mixed = mixed * probabilities ** (step / 20)
+    return mixed
+
+
+def search_plainly(branches, labels):
+    """(unevenness of the answer's weights, of the paper's), by counting right answers."""
+    M = len(branches)
+    found = []
+    for steps in itertools.product(range(21), repeat=M):
+        if sum(steps) != 20:
+            continue
+        mixed = mix(branches, steps)
+        right_diag = mixed[:, :3].argmax(1) == labels[:, 0]
+        right_pn = mixed[:, 3:].argmax(1) == labels[:, 1]
+        share = (right_diag + 1.0 * right_pn) / 2
+        unevenness = sum((M * step - 20) ** 2 for step in steps)
+        found.append((share.mean(), share.std() / len(labels) ** 0.5, unevenness))
+    highest = max(accuracy for accuracy, _, _ in found) - 1e-9
+    best = min((each for each in found if each[0] >= highest), key=lambda each: each[2])
+    near = [each for each in found if each[0] >= best[0] - best[1] - 1e-9]
+    return min(unevenness for _, _, unevenness in near), best[2]
+
+
+@pytest.mark.parametrize("M, n, seed", [(3, 5, 0), (3, 5, 1), (3, 60, 2), (2, 60, 3), (4, 20, 4)])
+def test_search_is_a_loop_over_the_grid(M, n, seed):
+    """For any number of branches M."""
+    labels, branches = make_lesions(n, seed=seed)
+    _, more = make_lesions(n, seed=seed, ties=True)
+    branches["fourth"] = more["clinical"]
+    branches = dict(list(branches.items())[:M])
+    choices = evaluate.search_weights(branches, labels, TASKS)
+    for weights, expected in zip(choices, search_plainly(branches, labels)):
+        assert list(weights) == list(branches)
+        close(sum(weights.values()), 1)
+        unevenness = sum((20 * M * weight - 20) ** 2 for weight in weights.values())
+        assert abs(unevenness - expected) < 1e-6  # several weights may be as even
+
+
+RIGHT, WRONG, SURELY_WRONG = [0.9, 0.1], [0.1, 0.9], [0.001, 0.999]
+
+
+def sixteen_lesions():
+    """Of 16 lesions all branches know 13 and miss 2. A heavy dermoscopy branch knows one more."""
+    others = np.array([RIGHT] * 13 + [SURELY_WRONG, WRONG, WRONG])
+    dermoscopy = np.array([RIGHT] * 14 + [WRONG] * 2)
+    branches = {"clinical": others, "dermoscopy": dermoscopy, "fusion": others}
+    return np.zeros((16, 1), int), branches
+
+
+def test_both_choices_on_an_example():
+    """One lesion more of 16 is chance, says the answer's choice; the paper's takes it."""
+    labels, branches = sixteen_lesions()
+    weights, paper_weights = evaluate.search_weights(branches, labels, {"DIAG": ("a", "b")})
+    assert list(paper_weights.values()) == [0.1, 0.8, 0.1]
+    assert sorted(weights.values()) == [0.3, 0.35, 0.35]
+
+
+def test_lesions_without_a_label_do_not_change_the_choice():
+    """Neither the accuracy nor its standard error counts them."""
+    labels, branches = sixteen_lesions()
+    tasks = {"DIAG": ("a", "b")}
+    expected = evaluate.search_weights(branches, labels, tasks)
+    labels = np.concatenate([labels, np.full((600, 1), -1)])
+    for branch, probabilities in branches.items():
+        branches[branch] = np.concatenate([probabilities, [RIGHT] * 300, [WRONG] * 300])
+    assert evaluate.search_weights(branches, labels, tasks) == expected
+
+
+def test_where_nothing_can_be_searched_weights_are_equal():
+    labels, branches = sixteen_lesions()
+    tasks = {"DIAG": ("a", "b")}
+    third = {branch: 1 / 3 for branch in BRANCHES}
+    assert evaluate.search_weights(branches, labels - 1, tasks) == (third, third)  # no label known
+    assert evaluate.fit_temperature(branches["fusion"], labels - 1, tasks) == 1.0
+    alone = {"fusion": branches["fusion"]}
+    assert evaluate.search_weights(alone, labels, tasks) == ({"fusion": 1.0}, {"fusion": 1.0})
+
+
+def test_a_probability_of_0_has_a_temperature():
+    """One lesion of 9 has probability 0 of its true class: not nan, but the hottest."""
+    probabilities = np.array([[1.0, 0.0]] * 9)
+    labels = np.array([[0]] * 8 + [[1]])
+    close(evaluate.fit_temperature(probabilities, labels, {"DIAG": ("a", "b")}), 10.0)
+
 
 def test_temperature_is_the_best_of_a_fine_grid():
-    labels, branches = made(200)
-    sharp = evaluate.fuse({"fusion": branches["fusion"]}, {"fusion": 1.0}, TASKS, temperature=1 / 3)
+    labels, branches = make_lesions(100)
+    too_sure = evaluate.fuse({"fusion": branches["fusion"]}, {"fusion": 1.0}, TASKS, 1 / 3)
     labels[::9, 1] = -1
-    p = predictions(labels, {"fusion": sharp})
     grid = np.geomspace(0.5, 8, 2000)
     losses = []
     for temperature in grid:
-        total = 0
-        for t, part in enumerate((sharp[:100, :3], sharp[:100, 3:])):
-            powers = part ** (1 / temperature)
-            known = labels[:100, t] >= 0
-            total -= np.log((powers / powers.sum(1, keepdims=True))[known, labels[:100, t][known]]).mean()
-        losses.append(total)
-    close(evaluate.decide(p)["temperature"], grid[np.argmin(losses)], 0.024)  # its steps are of 4.7%
+        loss = 0.0
+        for t, part in enumerate((too_sure[:, :3], too_sure[:, 3:])):
+            known = labels[:, t] >= 0
+            powers = part[known] ** (1 / temperature)
+            p = powers / powers.sum(1, keepdims=True)
+            loss -= np.mean([np.log(row[label]) for row, label in zip(p, labels[known, t])])
+        losses.append(loss)
+    expected = grid[np.argmin(losses)]
+    close(evaluate.fit_temperature(too_sure, labels, TASKS), expected, 0.024)  # steps of 4.7%
 
-def test_right_answers_end_at_the_lowest_temperature():
-    labels = np.zeros((8, 1), int)
-    p = predictions(labels, {"fusion": np.tile([0.6, 0.4], (8, 1))}, {"DIAG": ("a", "b")})
-    close(evaluate.decide(p)["temperature"], 0.1)
-    p = predictions(1 - labels, {"fusion": np.tile([0.6, 0.4], (8, 1))}, {"DIAG": ("a", "b")})
-    close(evaluate.decide(p)["temperature"], 10)
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+@pytest.mark.parametrize("label, temperature", [(0, 0.1), (1, 10.0)])
+def test_always_right_and_always_wrong_end_at_the_ends(label, temperature):
+    labels = np.full((8, 1), label)
+    probabilities = np.tile([0.6, 0.4], (8, 1))
+    close(evaluate.fit_temperature(probabilities, labels, {"DIAG": ("a", "b")}), temperature)
+
+
+def test_only_the_validation_split_decides():
+    labels, branches = make_lesions(100)
+    p = make_predictions(labels, branches)
+    expected = evaluate.fit_late_fusion(p)
+    changed = labels.copy()
+    changed[50:] = (labels[50:] + 1) % 2
+    assert evaluate.fit_late_fusion(replace(p, labels=changed)) == expected
+    changed[:50] = (labels[:50] + 1) % 2
+    assert evaluate.fit_late_fusion(replace(p, labels=changed)) != expected
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+def test_resamples_are_the_same_and_within_the_classes_of_a_single_task():
+    labels, _ = make_lesions(50)
+    counts = evaluate.resample_lesions(labels)
+    assert counts.shape == (1000, 50) and (counts.sum(1) == 50).all()
+    assert (counts == evaluate.resample_lesions(labels)).all()
+    first_class = labels[:, 0] == 0
+    assert (counts[:, first_class].sum(1) != first_class.sum()).any()
+    counts = evaluate.resample_lesions(labels[:, :1])
+    for k in range(3):
+        of_class = labels[:, 0] == k
+        assert (counts[:, of_class].sum(1) == of_class.sum()).all()
+
+
+def test_resampled_metrics_are_scikit_learns_on_copied_lesions():
+    labels, branches = make_lesions(60, ties=True)
+    truth, scores = labels[:, 0], branches["fusion"][:, :3]
+    guess = scores.argmax(1)
+    counts = evaluate.resample_lesions(labels)[:20]
+    macro_f1 = evaluate.resampled_macro_f1(truth, guess, counts)
+    auc = evaluate.resampled_auc(scores[:, 1], truth == 1, counts)
+    for r in range(20):
+        rows = drawn_rows(counts[r])
+        close(macro_f1[r], metrics.f1_score(truth[rows], guess[rows], average="macro"))
+        close(auc[r], metrics.roc_auc_score(truth[rows] == 1, scores[rows, 1]))
+
+
+def test_the_examples_in_the_docstrings():
+    counts = np.array([[1, 1, 1], [2, 0, 1]])
+    assert (evaluate.resample_lesions(np.zeros((3, 1)))[:500] == [2, 0, 1]).all(1).any()
+    macro_f1 = evaluate.resampled_macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), counts)
+    close(macro_f1.filled(), [2 / 3, 1])
+    is_class = np.array([True, True, False])
+    auc = evaluate.resampled_auc(
+        np.array([0.9, 0.4, 0.6]), is_class, np.array([[1, 1, 1], [2, 1, 1]])
+    )
+    close(auc.filled(), [1 / 2, 2 / 3])
+    close(evaluate.noise_of_a_run([[1, 3], [5, 5, 8]]), math.sqrt(8 / 3))
+    assert math.isnan(evaluate.noise_of_a_run([[1], [2]]))
+
+
+def mean_metrics(probabilities, labels):
+    """AUC, accuracy and macro F1 of TASKS by scikit-learn; classes that are not there left out."""
+    auc, accuracy, macro_f1 = [], [], []
+    for t, (first, last) in enumerate(((0, 3), (3, 5))):
+        known = labels[:, t] >= 0
+        truth, scores = labels[known, t], probabilities[known, first:last]
+        accuracy.append(metrics.accuracy_score(truth, scores.argmax(1)))
+        macro_f1.append(metrics.f1_score(truth, scores.argmax(1), average="macro"))
+        for k in (0, 1, 2) if t == 0 else (1,):
+            if 0 < np.sum(truth == k) < len(truth):
+                auc.append(metrics.roc_auc_score(truth == k, scores[:, k]))
+    return {
+        "mean_auc": np.mean(auc),
+        "mean_accuracy": np.mean(accuracy),
+        "mean_macro_f1": np.mean(macro_f1),
+    }
+
+
+def test_intervals_are_percentiles_over_copied_lesions(monkeypatch):
+    monkeypatch.setattr(evaluate, "RESAMPLES", 60)
+    labels, branches = make_lesions(40)
+    labels[::5, 1] = -1
+    labels[:, 0] = np.where(labels[:, 0] == 2, 0, labels[:, 0])
+    labels[7, 0] = 2  # a class with one lesion, which some resamples lack
+    measured = evaluate.measure_with_intervals(branches["fusion"], labels, TASKS)
+    counts = evaluate.resample_lesions(labels)
+    plain = []
+    for r in range(60):
+        rows = drawn_rows(counts[r])
+        plain.append(mean_metrics(branches["fusion"][rows], labels[rows]))
+    for name, expected in mean_metrics(branches["fusion"], labels).items():
+        close(measured[name], expected)
+        samples = [sample[name] for sample in plain]
+        close(measured["intervals"][name], np.percentile(samples, (2.5, 97.5)))
+    assert np.sum(counts[:, 7] == 0) > 10
+
+
+def test_calibration_is_worked_out_in_loops():
+    labels, branches = make_lesions(100)
+    labels[::7, 1] = -1
+    probabilities = branches["fusion"]
+    nll, ece = [], []
+    for t, part in enumerate((probabilities[:, :3], probabilities[:, 3:])):
+        losses = []
+        bins = [[] for _ in range(15)]  # (confidence, is it right)
+        for row, label in zip(part, labels[:, t]):
+            if label >= 0:
+                losses.append(-math.log(row[label]))
+                b = next(b for b in range(15) if row.max() <= (b + 1) / 15)
+                bins[b].append((row.max(), row.argmax() == label))
+        gaps = [abs(sum(confidence - right for confidence, right in each)) for each in bins]
+        nll.append(np.mean(losses))
+        ece.append(sum(gaps) / len(losses))
+    errors = evaluate.calibration(probabilities, labels, TASKS)
+    close(errors["nll"], np.mean(nll))
+    close(errors["ece"], np.mean(ece))
+
+
+def test_a_bin_contains_its_upper_end():
+    """0.58, wrong, and 0.6 = 9/15, right, share the ninth bin: half are right, 0.59 were expected."""
+    probabilities = np.array([[0.58, 0.42], [0.6, 0.4]])
+    errors = evaluate.calibration(probabilities, np.array([[1], [0]]), {"DIAG": ("a", "b")})
+    close(errors["ece"], 0.09)
+
+
+def five_runs():
+    """Three runs and two others: (labels, runs, others), answers of 60 lesions."""
+    labels, branches = make_lesions(60)
+    labels[::6, 1] = -1
+    _, more = make_lesions(60, seed=0, ties=True)
+    runs = [branches["clinical"], branches["dermoscopy"], branches["fusion"]]
+    return labels, runs, [more["clinical"], more["fusion"]]
+
+
+def test_difference_of_groups_is_a_plain_bootstrap(monkeypatch):
+    """Lesions copied as often as drawn, runs taken as often as drawn, scikit-learn's metrics."""
+    monkeypatch.setattr(evaluate, "RESAMPLES", 12)
+    labels, runs, others = five_runs()
+    differences = evaluate.compare_groups(runs, others, labels, TASKS)
+    rng = np.random.default_rng(1)
+    runs_drawn = rng.multinomial(3, [1 / 3] * 3, 12)
+    others_drawn = rng.multinomial(2, [1 / 2] * 2, 12)
+    counts = evaluate.resample_lesions(labels)
+    lesions_alone, with_seeds = [], []
+    for r in range(12):
+        rows = drawn_rows(counts[r])
+        of_runs = [mean_metrics(answer[rows], labels[rows]) for answer in runs]
+        of_others = [mean_metrics(answer[rows], labels[rows]) for answer in others]
+        drawn = [of_runs[n] for n in drawn_rows(runs_drawn[r])]
+        drawn_others = [of_others[n] for n in drawn_rows(others_drawn[r])]
+        lesions_alone.append(gap_of_means(of_runs, of_others))
+        with_seeds.append(gap_of_means(drawn, drawn_others))
+    whole = [mean_metrics(answer, labels) for answer in runs]
+    whole_others = [mean_metrics(answer, labels) for answer in others]
+    for name, difference in differences.items():
+        close(difference.value, gap_of_means(whole, whole_others)[name])
+        samples = [gap[name] for gap in lesions_alone]
+        close(difference.over_lesions, np.percentile(samples, (2.5, 97.5)))
+        samples = [gap[name] for gap in with_seeds]
+        close(difference.over_lesions_and_seeds, np.percentile(samples, (2.5, 97.5)))
+        variance = np.var([run[name] for run in whole], ddof=1)
+        other_variance = np.var([run[name] for run in whole_others], ddof=1)
+        close(difference.noise, math.sqrt((2 * variance + other_variance) / 3))
+    assert set(differences) == {"mean_auc", "mean_accuracy", "mean_macro_f1"}
+
+
+def gap_of_means(group, others):
+    gaps = {}
+    for name in group[0]:
+        ours = np.mean([run[name] for run in group])
+        theirs = np.mean([run[name] for run in others])
+        gaps[name] = ours - theirs
+    return gaps
+
+
+def test_a_group_does_not_differ_from_itself():
+    labels, runs, others = five_runs()
+    for difference in evaluate.compare_groups(runs[:1], runs[:1], labels, TASKS).values():
+        assert difference.value == 0
+        assert difference.over_lesions == difference.over_lesions_and_seeds == [0, 0]
+        assert math.isnan(difference.noise) and math.isnan(difference.lesions_needed)
+
+
+def test_lesions_needed():
+    """400 lesions, a difference of 1 point, -2 to +4: nine times as many. Unless the seeds forbid."""
+    close(evaluate.lesions_needed(0.01, [-0.02, 0.04], 0.004, 400), 3600)
+    close(evaluate.lesions_needed(-0.01, [-0.04, 0.02], 0.0, 400), 3600)
+    assert math.isnan(evaluate.lesions_needed(0.01, [-0.02, 0.04], math.nan, 400))  # who knows
+    assert evaluate.lesions_needed(0.01, [-0.02, 0.04], 0.006, 400) == math.inf
+    assert evaluate.lesions_needed(0.0, [-0.02, 0.04], 0.0, 400) == math.inf
+
+
+# -------------------------------------------------------------------------------------- whole runs
+
 
 @pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("last.pt"))  # it is large
+def run(finished_run, tmp_path, monkeypatch):
+    """A finished run of one's own, without the large last.pt; with fewer resamples and weights."""
+    for name, value in FASTER_EVALUATION.items():
+        monkeypatch.setattr(evaluate, name, value)
+    ignored = shutil.ignore_patterns("last.pt")
+    return shutil.copytree(finished_run, tmp_path / "run", ignore=ignored)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def release(pairs_csv, cache):
+    """The Release that finished_run has learned from, with masks."""
+    return data.read(pairs_csv, 32, cache, masks=True)
+
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
-def table(path):
+
+def read_table(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
-def edit(run, change):
-    """Changes what model.pt holds."""
+
+def change_model(run, run_tasks=None, **flags):
+    """Gives the run another, untrained network, for the same or other tasks."""
     saved = torch.load(run / "model.pt", weights_only=True)
-    change(saved)
+    saved["flags"].update(flags)
+    saved["tasks"] = run_tasks or saved["tasks"]
+    num_classes = [len(classes) for classes in saved["tasks"].values()]
+    torch.manual_seed(0)
+    network = model.build_model(saved["flags"], num_classes, len(saved["vocabulary"]))
+    saved["network"] = network.state_dict()
     torch.save(saved, run / "model.pt")
 
-def remake(run, **flags):
-    """Gives the run another, untrained network."""
-    def change(saved):
-        saved["flags"].update(flags)
-        num_classes = [len(classes) for classes in saved["tasks"].values()]
-        saved["network"] = model.make(saved["flags"], num_classes).state_dict()
 
-    edit(run, change)
+def change_predictions(run, **fields):
+    """Changes what the run has predicted, as if its network had."""
+    p = replace(evaluate.read_predictions(run), **fields)
+    evaluate.write_predictions(run / "predictions.npz", p)
+    return p
 
-def test_tables_again_change_nothing(run, pairs, tmp_path, capsys):
+
+def constant(p, branches, value=0.3):
+    """Branches that say the same of every lesion."""
+    K = sum(len(classes) for classes in p.tasks.values())
+    return {branch: np.full((len(p.cases), K), value) for branch in branches}
+
+
+def test_predictions_come_back_from_their_file(tmp_path):
+    labels, branches = make_lesions(9, {"Größe": ("ä", "b/c"), "x": ("1", "2", "3")})
+    p = make_predictions(labels, branches, {"Größe": ("ä", "b/c"), "x": ("1", "2", "3")})
+    p.metadata["sex"] = np.array(["female", "", "male"] * 3)
+    p.overlaps["dice"] = np.linspace(0, 1, 9)
+    evaluate.write_predictions(tmp_path / "predictions.npz", p)
+    back = evaluate.read_predictions(tmp_path)
+    assert back.tasks == p.tasks and back.fingerprint == "data 1"
+    for name in ("cases", "split", "labels"):
+        assert (getattr(back, name) == getattr(p, name)).all()
+    for part in ("metadata", "branches", "overlaps"):
+        before, after = getattr(p, part), getattr(back, part)
+        assert list(before) == list(after)
+        for name, values in before.items():
+            assert (after[name] == values).all()
+
+
+def test_the_tables_again_change_nothing(run, capsys):
+    first_results = evaluate.main([str(run)])
     before = contents(run)
-    evaluate.main([str(run)])
     first = capsys.readouterr().out
     (run / "results.json").unlink()
-    evaluate.main([str(run)])
+    (run / "predictions.csv").unlink()
+    assert evaluate.main([str(run)]) == first_results == evaluate.evaluate_run(run)
     assert capsys.readouterr().out == first and contents(run) == before
-    for title in ("Table 1", "Table 2", "95% from", "temperature", "subgroups", "equal"):
+    assert json.loads((run / "results.json").read_text()) == first_results
+    for title in ("Table 1", "Table 2", "macro F1", "95% from", "temperature", "weighted (answer)"):
         assert title in first
-    evaluate.main([str(run), "--data", str(pairs), "--cache", str(tmp_path / "cache"), "--device", "cpu"])
-    assert "the run's own release" in capsys.readouterr().out and contents(run) == before
+    assert max(len(line) for line in first.splitlines()) <= 100
+
+
+def test_predicting_anew_gives_the_same(run, release):
+    expected = evaluate.main([str(run)])
+    (run / "predictions.npz").unlink()
+    with pytest.raises(RunError, match="predictions.npz does not exist.*--resume"):
+        evaluate.main([str(run)])
+    results = evaluate.evaluate_run(run, release, CPU)
+    for branch in (*BRANCHES, "equal", "weighted"):
+        close(results["test"][branch]["mean_auc"], expected["test"][branch]["mean_auc"])
+    splits = [row["split"] for row in read_table(run / "predictions.csv")]
+    assert splits == ["valid"] * 10 + ["test"] * 14
+
+
+def test_results_are_measured_on_each_branch(run):
+    """From predictions.csv, which people read: equal weights, the answer, its calibration."""
+    results = evaluate.main([str(run)])
+    rows = [row for row in read_table(run / "predictions.csv") if row["split"] == "test"]
+    late_fusion = results["late_fusion"]
+    for branch in (*BRANCHES, "equal", "weighted"):
+        right = []
+        for row in rows:
+            present = float(row[f"{branch}/veil/present"])
+            right.append((present > 0.5) == (row["veil"] == "present"))
+        close(results["test"][branch]["accuracy"]["veil"], np.mean(right))
+    for row in rows:
+        odds = {}
+        for branch in (*BRANCHES, "equal", "weighted", "calibrated"):
+            absent, present = f"{branch}/veil/absent", f"{branch}/veil/present"
+            odds[branch] = float(row[present]) / float(row[absent])
+        product = math.prod(odds[branch] for branch in BRANCHES)
+        close(odds["equal"], product ** (1 / 3), 1e-4)
+        weighted = math.prod(odds[b] ** weight for b, weight in late_fusion["weights"].items())
+        close(odds["weighted"], weighted, 1e-4)
+        close(odds["calibrated"], weighted ** (1 / late_fusion["temperature"]), 1e-4)
+    for name in ("mean_auc", "mean_accuracy"):
+        assert results["means"][name] == results["test"]["weighted"][name]
+    by_paper = evaluate.read_predictions(run)
+    fused = evaluate.fuse(by_paper.branches, late_fusion["paper_weights"], by_paper.tasks)[10:]
+    expected = evaluate.measure(fused, by_paper.labels[10:], by_paper.tasks)
+    assert results["paper_fusion"]["mean_accuracy"] == expected["mean_accuracy"]
+    sexes = [results["subgroups"][f"sex {sex}"]["lesions"] for sex in ("female", "male")]
+    assert sum(sexes) == 14
+
 
 def test_test_labels_decide_nothing(run):
-    before = json.loads((run / "results.json").read_text())
+    before = evaluate.main([str(run)])
+    p = evaluate.read_predictions(run)
+    labels = p.labels.copy()
+    labels[p.split == "test"] = (labels[p.split == "test"] + 1) % 2
+    change_predictions(run, labels=labels)
+    after = evaluate.main([str(run)])
+    assert after["test"] != before["test"]
+    assert after["late_fusion"] == before["late_fusion"] and after["valid"] == before["valid"]
 
-    def change(saved):
-        for labels, split in zip(saved["labels"], saved["split"]):
-            if split == "test":
-                labels[:] = [(label + 1) % 2 for label in labels]
 
-    edit(run, change)
-    for rule in ("near", "maximum"):
-        after, _ = evaluate.evaluate_run(run, rule=rule)
-        assert after["test"] != before["test"]
-        if rule == "near":
-            assert after["decided"] == before["decided"] and after["valid"] == before["valid"]
-
-def test_rows_of_predictions_may_be_shuffled_but_not_lost_doubled_or_strange(run):
-    results = evaluate.main([str(run)])
-    path = run / "predictions.csv"
-    header, *rows = path.read_text().splitlines()
-    path.write_text("\n".join([header, *rows[::-1]]) + "\n")
-    assert evaluate.main([str(run)]) == results
-    strange = ["x" + rows[0], *rows[1:]]
-    for damage in (rows[1:], [*rows, rows[0]], [rows[1], *rows[1:]], strange, [row[:40] for row in rows], []):
-        path.write_text("\n".join([header, *damage]) + "\n")
-        with pytest.raises(RunError, match="predictions.csv is not as it was written"):
-            evaluate.main([str(run)])
-
-def test_groups_and_difference_of_runs(run, tmp_path, capsys):
+def test_mean_deviation_and_difference_of_runs(run, tmp_path, capsys):
     other = shutil.copytree(run, tmp_path / "other")
-    edit(other, lambda saved: saved["flags"].update(seed=1))
-    with_branches(other, {branch: np.full((24, 5), 0.3) for branch in BRANCHES})
+    p = evaluate.read_predictions(other)
+    change_predictions(other, branches=constant(p, BRANCHES))
     capsys.readouterr()
     evaluate.main([str(run), str(other), "--against", str(other)])
     text = capsys.readouterr().out
-    found = [json.loads((each / "results.json").read_text()) for each in (run, other)]
-    values = [100 * each["test"]["weighted"]["mean_auc"] for each in found]
-    assert "all runs" in text and f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
-    assert f"AUC: RUN - OTHER = {(values[0] - values[1]) / 2:+.1f} points" in text  # of the mean of both
-    flags = [{"flags": {"w": w, "seed": seed}} for w, seed in ((0.1, 0), (0.1, 1), (0.3, 0))]
-    evaluate.print_groups(flags, [found[0]] * 3)
-    text = capsys.readouterr().out
-    assert "w 0.1" in text and "w 0.3" in text and "seed" not in text
+    results = [json.loads((folder / "results.json").read_text()) for folder in (run, other)]
+    values = [100 * result["test"]["weighted"]["mean_auc"] for result in results]
+    assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
+    lines = [line.split() for line in text.splitlines()]
+    difference = f"{(values[0] - values[1]) / 2:+.1f}"  # of the mean of both
+    assert ["AUC", difference] in [line[:2] for line in lines]
+    assert f"{values[1]:.1f}" in text and "more seeds" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
 
-@pytest.mark.parametrize("change", [{"fingerprint": "other"}, {"split": ["test"] * 40}], ids=["fingerprint", "split"])
-def test_runs_on_other_lesions_are_not_compared(change, run, tmp_path):
+
+def test_runs_that_measure_different_things_stand_side_by_side(capsys):
+    """CLNet's halves: one has classes, the other masks, the whole both."""
+    means = [{"mean_auc": 0.8}, {"jaccard": 0.7}, {"mean_auc": 0.9, "jaccard": 0.6}]
+    evaluate.print_runs(["class", "mask", "both"], means)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["class", "80.0"] in lines and ["mask", "70.0"] in lines
+    assert ["both", "90.0", "60.0"] in lines
+    assert "mean ± standard deviation 85.0 ± 7.1 65.0 ± 7.1".split() in lines
+
+
+def test_runs_with_other_test_lesions_are_not_compared(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
-    edit(other, lambda saved: saved.update(change))
-    for arguments in ([str(run), str(other)], [str(run), "--against", str(other)]):
-        with pytest.raises(RunError, match="different lesions"):
-            evaluate.main(arguments)
+    p = evaluate.read_predictions(other)
+    changed_split = p.split.copy()
+    changed_split[0] = "test"
+    changed_labels = p.labels.copy()
+    changed_labels[-1, 0] = -1
+    for change in ({"split": changed_split}, {"labels": changed_labels}):
+        change_predictions(other, **{"split": p.split, "labels": p.labels, **change})
+        for arguments in ([str(run), str(other)], [str(run), "--against", str(other)]):
+            with pytest.raises(RunError, match="different test lesions"):
+                evaluate.main(arguments)
 
-def test_paper_is_compared_on_the_published_lesions_alone(run, tmp_path, capsys):
-    with pytest.raises(RunError, match="--compare-paper"):
-        evaluate.main([str(run), "--compare-paper"])
-    edit(run, lambda saved: saved.update(published=True))
-    with pytest.raises(RunError, match="--compare-paper: for one run"):
-        evaluate.main([str(run), str(run), "--compare-paper"])
-    p = predictions(*made(300, data.SPC_TASKS), data.SPC_TASKS)
-    evaluate.print_tables(evaluate.finish(tmp_path, p, evaluate.decide(p)), compare=True)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["94.7"] == [row[-1] for row in rows if row[:1] == ["DIAG/BCC"]]
-    assert [row[-1] for row in rows if row[:1] == ["mean"]][:2] == ["87.6", "77.4"]
-    assert ["73.3", "65.3", "91.8"] in [row[-3:] for row in rows]
 
-def test_a_folder_that_may_only_be_read_still_has_tables(run, monkeypatch, capsys):
+def test_without_labels_there_is_nothing_to_compare(run, capsys):
+    p = evaluate.read_predictions(run)
+    labels = p.labels.copy()
+    labels[p.split == "test"] = -1
+    change_predictions(run, labels=labels)
+    results = evaluate.main([str(run)])
+    assert results["test"] == {} and "no test lesion has a label" in capsys.readouterr().out
+    with pytest.raises(RunError, match="--against compares classes"):
+        evaluate.main([str(run), "--against", str(run)])
+
+
+def test_one_run_does_not_tell_the_noise(run, capsys):
+    evaluate.main([str(run), "--against", str(run)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    differences = [line for line in lines if "+0.0" in line]
+    assert len(differences) == 3
+    for line in differences:
+        assert line[-2:] == ["unknown", "unknown"]
+
+
+def test_the_answer_is_named(run):
+    results = evaluate.main([str(run)])
+    assert results["answer"] == "weighted"
+    assert results["means"]["mean_auc"] == results["test"]["weighted"]["mean_auc"]
+
+
+def test_only_lesions_with_a_label_are_counted(run):
+    p = evaluate.read_predictions(run)
+    labels = p.labels.copy()
+    first_test = np.flatnonzero(p.split == "test")[0]
+    labels[first_test] = -1
+    labels[first_test + 1, 0] = -1  # its other label is known
+    change_predictions(run, labels=labels)
+    results = evaluate.main([str(run)])
+    assert results["lesions"] == 13
+    sexes = [results["subgroups"][f"sex {sex}"]["lesions"] for sex in ("female", "male")]
+    assert sum(sexes) == 13
+
+
+def test_a_lesion_is_in_one_subgroup_of_each_fact(run):
+    """ "age" and "age_approx" are one fact: the first that is filled counts."""
+    p = evaluate.read_predictions(run)
+    columns = {  # the last 14 of 24 lesions are the test split
+        "age": np.array(12 * ["70"] + 12 * [""]),
+        "age_approx": np.array(23 * ["45"] + [""]),
+        "elevation": np.array(24 * ["flat"]),
+    }
+    assert (p.split[-14:] == "test").all() and len(p.cases) == 24
+    change_predictions(run, metadata=columns)
+    subgroups = evaluate.main([str(run)])["subgroups"]
+    counts = {name: measured["lesions"] for name, measured in subgroups.items()}
+    assert counts == {"age from 60": 2, "age from 40": 11, "age not given": 1, "elevation flat": 14}
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Nothing can be written."""
+
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(data, "whole", refuse)
+    monkeypatch.setattr(data, "atomic_write", refuse)
+
+
+def test_a_folder_that_may_only_be_read_still_has_tables(run, read_only, capsys):
     assert evaluate.main([str(run)])["test"]
     text = capsys.readouterr().out
-    assert "results.json is not written ([Errno 13] Permission denied)" in text and "Table 1" in text
+    assert f"WARNING: the results in {run} cannot be written" in text and "Table 1" in text
 
-@pytest.mark.parametrize("arguments, says", [
-    ([], "model.pt: missing or damaged"), (["--clinical", "x.jpg"], "model.pt: missing or damaged"),
-    (["--device", "nonsense"], "--device nonsense")], ids=str)
-def test_damage_is_named(arguments, says, run):
-    (run / "model.pt").write_bytes(b"no model")
-    with pytest.raises(RunError, match=says):
+
+def test_the_answer_is_there_without_its_picture(run, photos, read_only, capsys):
+    answer = evaluate.answer_one_lesion(run, photos, {}, CPU)
+    text = capsys.readouterr().out
+    assert list(answer) == ["diagnosis", "veil"] and "veil: " in text
+    assert "lesion-clinic0030-derm0030.png cannot be written" in text and "drawn in" not in text
+
+
+@pytest.mark.parametrize(
+    "file, content, arguments, message",
+    [
+        ("model.pt", b"no model", ["--dermoscopy", "x.jpg"], "model.pt"),
+        ("model.pt", b"no model", ["--data", "x.csv"], "model.pt"),
+        ("predictions.npz", b"no predictions", [], "predictions.npz is damaged"),
+        ("predictions.npz", b"", [], "predictions.npz is damaged"),
+        ("predictions.npz", b"PK\x03\x04" + bytes(60), [], "predictions.npz is damaged"),
+        ("predictions.npz", b"\x93NUMPY\x01\x00v\x00", [], "predictions.npz is damaged"),
+        ("predictions.csv", b"not read", ["--device", "nonsense"], "nonsense"),
+    ],
+)
+def test_damage_ends_in_a_sentence(file, content, arguments, message, run):
+    (run / file).write_bytes(content)
+    with pytest.raises(RunError, match=message):
         evaluate.main([str(run), *arguments])
 
-def evaluate_csv(run, release, rows, name="new"):
-    """The results on a CSV of these rows; photos named by number. The run's own files keep their bytes."""
-    folder = release.parent / run.parent.name
-    folder.mkdir(exist_ok=True)
-    for row in rows:
-        for view, kind in (("clinical", "clinic"), ("dermoscopy", "derm")):
-            if isinstance(row.get(view), int):
-                row[view] = str(release / "images" / f"{kind}{row[view]:04}.jpg")
-    with open(folder / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    before = contents(run)
-    results, _ = evaluate.evaluate_new(run, folder / f"{name}.csv", folder, CPU)
-    assert contents(run) == before
-    return results
 
-def test_seen_lesions_are_left_out(run, release, tmp_path, capsys):
-    """By name, whatever its photos; by either photo, though its file has other bytes; not the run's test lesions."""
-    photo = (release / "images" / "derm0003.jpg").read_bytes()
-    (tmp_path / "derm.jpg").write_bytes(photo[:2] + b"\xff\xfe\x00\x07hello" + photo[2:])  # a comment
-    rows = [{"case": "1", "clinical": 40, "dermoscopy": 40},
-            {"case": "same pixels", "clinical": 41, "dermoscopy": tmp_path / "derm.jpg"},
-            {"case": "same clinical photo", "clinical": 4, "dermoscopy": 42},
-            {"case": "30", "clinical": 43, "dermoscopy": 43},
-            {"case": "new", "clinical": 44, "dermoscopy": 45},
-            {"case": "validation", "clinical": 20, "dermoscopy": 20}]
-    assert evaluate_csv(run, release, rows) is None  # no labels
-    assert [row["case"] for row in table(run / "new" / "predictions.csv")] == ["30", "new"]
+def test_a_flipped_byte_is_damage(run):
+    path = run / "predictions.npz"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(RunError, match="predictions.npz is damaged"):
+        evaluate.main([str(run)])
+
+
+def test_tables_fit_100_columns_and_say_every_name(capsys):
+    rows = {"short": ["1.0", "2.0"], "long " * 25: ["3.0", "4.0"], "middle " * 13: ["5.0", ""]}
+    evaluate.print_table("a title", ["first", "second (answer)"], rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert lines[1].split() == ["a", "title", "first", "second", "(answer)"]
+    assert ["3.0", "4.0"] in [line.split() for line in lines]
+    assert any(line.startswith("long long") for line in lines)
+
+
+# --------------------------------------------------------------------------------- another release
+
+
+@pytest.fixture
+def evaluate_csv(run, spc_folder, cache):
+    """A function: rows of an own CSV file, photos by number or path -> (results, its folder)."""
+
+    def evaluate_rows(rows):
+        for row in rows:
+            for view, name in (("clinical", "clinic"), ("dermoscopy", "derm")):
+                if isinstance(row.get(view), int):
+                    row[view] = str(spc_folder / "images" / f"{name}{row[view]:04}.jpg")
+        path = run.parent / "new.csv"
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        before = contents(run)
+        arguments = ["--data", str(path), "--cache", str(cache), "--device", "cpu"]
+        results = evaluate.main([str(run), *arguments])
+        assert contents(run) == before
+        return results
+
+    return evaluate_rows
+
+
+def test_lesions_that_the_run_has_seen_are_left_out(
+    evaluate_csv, run, spc_folder, tmp_path, capsys
+):
+    """By either photo, though its file differs; not by a number. Test lesions stay."""
+    photo = (spc_folder / "images" / "derm0003.jpg").read_bytes()
+    (tmp_path / "derm.jpg").write_bytes(photo[:2] + b"\xff\xfe\x00\x07hello" + photo[2:])
+    rows = [
+        {"case": "1", "clinical": 40, "dermoscopy": 40},
+        {"case": "same pixels", "clinical": 41, "dermoscopy": str(tmp_path / "derm.jpg")},
+        {"case": "same clinical photo", "clinical": 4, "dermoscopy": 42},
+        {"case": "validation", "clinical": 20, "dermoscopy": 20},
+        {"case": "30", "clinical": 43, "dermoscopy": 43},
+        {"case": "new", "clinical": 44, "dermoscopy": 45},
+    ]
+    results = evaluate_csv(rows)
     text = capsys.readouterr().out
-    assert "2 of 6 lesions are tested, 0 labelled" in text and "1 by name, 3 by photo" in text
-    with pytest.raises(RunError, match="seen every lesion"):
-        evaluate_csv(run, release, rows[:3])
+    assert results["test"] == {} and "no test lesion has a label" in text
+    assert [row["case"] for row in read_table(run / "new" / "predictions.csv")] == [
+        "1",
+        "30",
+        "new",
+    ]
+    assert "3 of 6 lesions tested, 0 labelled" in text
+    assert "WARNING: 3 of 6 lesions have been seen before: 0 by id, 3 by photo" in text
+    with pytest.raises(RunError, match="learned from every lesion"):
+        evaluate_csv(rows[1:4])
 
-def test_predictions_without_labels_are_the_runs(run, release):
-    decided = evaluate.main([str(run)])["decided"]
-    evaluate_csv(run, release, [{"case": str(n), "clinical": n, "dermoscopy": n} for n in range(26, 40)])
-    expected = {row["case"]: row for row in table(run / "predictions.csv")}
-    for row in table(run / "new" / "predictions.csv"):
-        same = expected[row["case"]]
-        for column in (name for name in row if "/" in name):
-            assert abs(float(row[column]) - float(same[column])) < 1e-6, column
-        odds = 1.0
-        for branch in BRANCHES:
-            present, absent = float(row[f"{branch}/veil/present"]), float(row[f"{branch}/veil/absent"])
-            odds *= (present / absent) ** decided["weights"][branch]
-        odds **= 1 / decided["temperature"]
-        close(float(row["calibrated/veil/present"]), odds / (1 + odds), 1e-6)
-    assert not (run / "new" / "results.json").exists()
 
-def test_new_labels_are_matched_by_name_and_measured(run, release, capsys):
-    """A release whose rows are all test, without some classes and tasks, its names in other letters."""
+def test_results_of_releases_with_one_name_lie_apart(run, pairs_csv, tmp_path, cache):
+    """The same release again overwrites its own."""
+    lines = pairs_csv.with_name("new.csv").read_text().splitlines()
+    releases = []
+    for folder, number in (("a", 10), ("b", 7)):
+        (tmp_path / folder).mkdir()
+        shutil.copytree(
+            pairs_csv.with_name("spc"), tmp_path / folder / "spc", copy_function=os.link
+        )
+        releases.append(tmp_path / folder / "new.csv")
+        releases[-1].write_text("\n".join(lines[: 1 + number]))
+    for path in (releases[0], releases[1], releases[0], releases[1]):
+        evaluate.main([str(run), "--data", str(path), "--cache", str(cache), "--device", "cpu"])
+    assert len(read_table(run / "new" / "predictions.csv")) == 10
+    assert len(read_table(run / "new-2" / "predictions.csv")) == 7
+    assert not (run / "new-3").exists()
+
+
+def test_a_folder_named_like_a_file_keeps_its_name(tmp_path):
+    (tmp_path / "release.v2").mkdir()
+    folder = evaluate.folder_for_results(tmp_path / "run", tmp_path / "release.v2", "data 1")
+    assert folder == tmp_path / "run" / "release.v2"
+    folder = evaluate.folder_for_results(tmp_path / "run", tmp_path / "pairs.csv", "data 1")
+    assert folder == tmp_path / "run" / "pairs"
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bfloat16_is_used_where_the_device_has_it(has_it, run, release, monkeypatch):
+    """The run may have been trained on another device."""
+    saved, _ = load(run)
+    saved["flags"]["amp"] = True
+    asked_for = []
+    predict = evaluate.predict
+
+    def note(network, release, rows, device, amp):
+        asked_for.append(amp)
+        return predict(network, release, rows, device, False)
+
+    monkeypatch.setattr(model, "has_bfloat16", lambda device: has_it)
+    monkeypatch.setattr(evaluate, "predict", note)
+    evaluate.predict_release(saved, release, CPU)
+    assert asked_for == [has_it]
+
+
+def test_of_its_own_release_the_test_split_remains(run, pairs_csv, cache):
+    expected = evaluate.main([str(run)])
+    arguments = ["--data", str(pairs_csv), "--cache", str(cache), "--device", "cpu"]
+    results = evaluate.main([str(run), *arguments])
+    cases = [row["case"] for row in read_table(run / "pairs" / "predictions.csv")]
+    assert cases == [str(n) for n in range(26, 40)]
+    assert results["late_fusion"] == expected["late_fusion"]
+    close(results["means"]["mean_auc"], expected["means"]["mean_auc"])
+
+
+def test_predictions_without_labels_are_the_runs(evaluate_csv, run):
+    evaluate_csv([{"case": str(n), "clinical": n, "dermoscopy": n} for n in range(26, 40)])
+    evaluate.main([str(run)])
+    expected = {row["case"]: row for row in read_table(run / "predictions.csv")}
+    rows = read_table(run / "new" / "predictions.csv")
+    assert len(rows) == 14
+    for row in rows:
+        for column in row:
+            if "/" in column:
+                assert abs(float(row[column]) - float(expected[row["case"]][column])) < 1e-5
+
+
+def test_new_labels_are_matched_by_name_and_measured(evaluate_csv, run, capsys):
+    """A release with other letters, and without some classes and tasks."""
+    expected = evaluate.main([str(run)])
     names = {"melanoma": "MELANOMA", "nevus": "Nevus"}
     rows = []
-    for row in table(run / "predictions.csv"):
+    for row in read_table(run / "predictions.csv"):
         photo = int(row["case"])
-        if row["split"] == "valid":  # the run has chosen its weights on it
-            continue
-        rows.append({"case": f"new {photo}", "clinical": photo, "dermoscopy": photo, "split": "test", "other": "x",
-                     "sex": row["sex"], "Veil": row["veil"].upper(), "Diagnosis": names.get(row["diagnosis"], "")})
-    results = evaluate_csv(run, release, rows)
+        new = {"case": f"new {photo}", "clinical": photo, "dermoscopy": photo, "split": "test"}
+        new |= {"other": "x", "sex": row["sex"], "Veil": row["veil"].upper()}
+        new["Diagnosis"] = names.get(row["diagnosis"], "")
+        if row["split"] == "test":  # the others are known by their photos
+            rows.append(new)
+    results = evaluate_csv(rows)
     assert "the run has no class other/x" in capsys.readouterr().out
-    assert results["decided"] == json.loads((run / "results.json").read_text())["decided"]
-    assert {"sex female", "sex male"} == set(results["subgroups"])
-    written = table(run / "new" / "predictions.csv")
+    assert results["late_fusion"] == expected["late_fusion"]
+    assert {"sex female", "sex male"} <= set(results["subgroups"])
+    written = read_table(run / "new" / "predictions.csv")
     assert [row["veil"] for row in written] == [row["Veil"].lower() for row in rows]
-    assert [row["diagnosis"] for row in written] == [row["Diagnosis"].lower() for row in rows]
-    for branch, found in results["test"].items():
-        assert list(found["accuracy"]) == ["diagnosis", "veil"]
-        assert list(found["auc"]) == ["diagnosis/melanoma", "diagnosis/nevus", "veil/present"]
-        for column, value in found["auc"].items():
+    for branch, measured in results["test"].items():
+        assert list(measured["accuracy"]) == ["diagnosis", "veil"]
+        for column, value in measured["auc"].items():
             task, name = column.split("/")
             known = [row for row in written if row[task]]
             scores = [float(row[f"{branch}/{column}"]) for row in known]
             close(value, metrics.roc_auc_score([row[task] == name for row in known], scores))
-        right = [(float(row[f"{branch}/veil/present"]) > 0.5) == (row["veil"] == "present") for row in written]
-        close(found["accuracy"]["veil"], np.mean(right))
 
-def test_names_match_whatever_the_letters_of_either_side(capsys):
-    """The run's classes and the release's: case, spaces and an ending .0 make no difference."""
-    new = SimpleNamespace(cases=list("abcd"), labels=np.array([[0, 1], [1, 0], [2, -1], [-1, 1]]),
-                          tasks={"diag": ("nv ", "mel", "bcc"), "Size": ("1.0", "2.0")})
-    found = evaluate.labels_for({"SIZE": ("2", "1"), "DIAG": ("MEL", "NV")}, new)
-    assert found.tolist() == [[0, 1], [1, 0], [-1, -1], [0, -1]]
-    assert "the run has no class diag/bcc;" in capsys.readouterr().out
 
-def test_exchanged_photos_are_another_release(run, pairs, tmp_path):
-    exchanged = pairs.with_name("exchanged.csv")
-    exchanged.write_text(pairs.read_text().replace("clinical,dermoscopy", "dermoscopy,clinical", 1))
-    evaluate.main([str(run), "--data", str(exchanged), "--cache", str(tmp_path / "cache"), "--device", "cpu"])
-    before, after = (table(path / "predictions.csv") for path in (run, run / "exchanged"))
-    before = [row for row in before if row["split"] == "test"]
-    assert [row["case"] for row in after] == [row["case"] for row in before]
-    assert max(abs(float(a["clinical/veil/present"]) - float(b["clinical/veil/present"])) for a,
-               b in zip(after, before)) > 1e-3
+def test_a_photo_that_the_network_needs_must_be_there(evaluate_csv):
+    with pytest.raises(RunError, match="reads clinical and dermoscopy; this release has dermo"):
+        evaluate_csv([{"case": "a", "dermoscopy": 50}])
 
-def test_a_photo_that_the_network_needs_must_be_there(run, release):
-    with pytest.raises(RunError, match="reads clinical and dermoscopy; this release has dermoscopy"):
-        evaluate_csv(run, release, [{"case": "a", "dermoscopy": 50}])
 
-# ----------------------------------------------------------------------------------------------------------- one lesion
+FOUR_METHODS = {
+    "pemm": {"model": "pemm"},
+    "one photo": {"model": "pemm", "modality": "dermoscopy"},
+    "ammfm": {"model": "ammfm", "clinical_backbone": "convnext_mini"},
+    "mat": {"model": "mat"},
+    "clnet": {"model": "clnet", "tasks": "both", "image_size": 64},
+    "clnet, class": {"model": "clnet", "tasks": "class", "image_size": 64},
+    "clnet, mask": {"model": "clnet", "tasks": "mask", "image_size": 64},
+}
 
-def photos(release):
-    return {"clinical": release / "images" / "clinic0030.jpg", "dermoscopy": release / "images" / "derm0030.jpg"}
 
-def test_one_lesion_is_answered_as_in_predictions_csv(run, release, capsys):
-    paths = photos(release)
-    answer = evaluate.main([str(run), "--device", "cpu", *(f"--{view}={path}" for view, path in paths.items())])
-    row = next(row for row in table(run / "predictions.csv") if row["case"] == "30")
+@pytest.mark.parametrize("flags", FOUR_METHODS.values(), ids=list(FOUR_METHODS))
+def test_each_method_is_evaluated_tried_on_new_lesions_and_asked_about_one(
+    flags, run, pairs_csv, spc_folder, cache, capsys
+):
+    change_model(run, **flags)
+    size = flags.get("image_size", 32)
+    release = data.read(pairs_csv, size, cache, masks=True)
+    results = evaluate.evaluate_run(run, release, CPU)
+    evaluate.print_tables(results)
+    new = ["--data", str(pairs_csv.with_name("new.csv")), "--cache", str(cache), "--device", "cpu"]
+    new_results = evaluate.main([str(run), *new])
+    assert new_results["lesions"] == 20
+    photo = spc_folder / "images" / "derm0030.jpg"
+    answer = evaluate.main([str(run), "--dermoscopy", str(photo), "--device", "cpu"])
+    with Image.open(run / "lesion-derm0030.png") as picture:
+        assert picture.width == 1200
+    text = capsys.readouterr().out
+    if flags.get("tasks") == "mask":
+        assert answer == {} and results["test"] == {}
+        assert "Table 1" not in text
+    else:
+        assert list(answer) == ["diagnosis", "veil"]
+        assert results["means"]["mean_auc"] > 0 and new_results["means"]["mean_auc"] > 0
+    if flags.get("tasks") in ("mask", "both"):
+        low, high = results["overlaps"]["jaccard"][1:]
+        assert low <= results["means"]["jaccard"] <= high
+        assert new_results["overlaps"] and "overlap of the masks" in text
+
+
+# -------------------------------------------------------------------------- MILK10k's benchmark
+
+
+def test_logit_adjustment_is_menons():
+    """softmax(log p - tau * log prior); a class without training lesions counts as one lesion."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([1, 1, 1], 20)
+    adjusted = evaluate.adjust_logits(probabilities, [70, 29, 0], 0.5)
+    prior = torch.tensor([0.7, 0.29, 0.01], dtype=torch.float64)
+    logits = torch.from_numpy(probabilities).log() - 0.5 * prior.log()
+    close(adjusted, logits.softmax(1))
+    close(evaluate.adjust_logits(probabilities, [70, 29, 0], 0.0), probabilities)
+
+
+def test_tau_is_the_best_on_validation_and_the_smallest_of_a_tie():
+    tasks = {"DIAG": ("a", "b", "c")}
+    labels, branches = make_lesions(90, tasks)
+    counts = [80, 8, 2]
+    biased = branches["fusion"] * np.array(counts)
+    biased /= biased.sum(1, keepdims=True)
+    scores = []
+    for tau in (0.0, 0.25, 0.5, 0.75, 1.0):
+        guess = (np.log(biased) - tau * np.log(np.array(counts) / 90)).argmax(1)
+        scores.append(metrics.f1_score(labels[:, 0], guess, average="macro"))
+    tau, score, score_before = evaluate.choose_tau(biased, labels, tasks, counts)
+    assert tau == 0.25 * np.argmax(scores) > 0
+    close([score, score_before], [max(scores), scores[0]])
+    tau, _, _ = evaluate.choose_tau(np.eye(3)[labels[:, 0]], labels, tasks, counts)
+    assert tau == 0.0  # all are perfect
+
+
+@pytest.mark.parametrize(
+    "row, winner",
+    [
+        ([0.4, 0.35, 0.25], 0),
+        ([0.2, 0.3, 0.5], 2),
+        ([0.25, 0.5, 0.25], 1),
+        ([0.5, 0.5, 0.0], 0),
+        ([0.3, 0.3500000001, 0.3499999999], 1),
+        ([0.4999996, 0.5000004, 0.0], 1),
+        ([0.0, 0.0, 1.0], 2),
+        ([0.7, 0.2, 0.1], 0),
+    ],
+)
+def test_the_likeliest_class_is_above_a_half_in_six_decimals(row, winner):
+    submitted = evaluate.let_likeliest_win(np.array([row]))[0]
+    written = [float(f"{value:.6f}") for value in submitted]
+    assert [n for n in range(3) if written[n] > 0.5] == [winner]
+    assert abs(sum(written) - 1) < 1e-5 and min(written) >= 0
+    others = [n for n in range(3) if n != winner]
+    close(submitted[others[0]] * row[others[1]], submitted[others[1]] * row[others[0]])
+    if row[winner] > 0.51:
+        close(submitted, row)
+
+
+@pytest.fixture
+def blind_test(spc_folder, tmp_path):
+    """The folder of a blind test of MILK10k: 5 lesions, two photos each, and no ground truth."""
+    folder = tmp_path / "milk10k_test"
+    rows = []
+    for n in range(5):
+        lesion = f"IL_{n:07}"
+        (folder / "MILK10k_Test_Input" / lesion).mkdir(parents=True)
+        for name, image_type in (("clinic", "clinical: close-up"), ("derm", "dermoscopic")):
+            image = f"ISIC_{n}{len(name):06}"
+            source = spc_folder / "images" / f"{name}{40 + n:04}.jpg"
+            shutil.copy(source, folder / "MILK10k_Test_Input" / lesion / f"{image}.jpg")
+            rows.append({"lesion_id": lesion, "image_type": image_type, "isic_id": image})
+    with open(folder / "MILK10k_Test_Metadata.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def become_milk10k(run, release):
+    """Makes the run one of MILK10k's classes, with random labels on which it is biased."""
+    tasks = {"DIAG": evaluate.MILK10K}
+    change_model(run, tasks)
+    saved = torch.load(run / "model.pt", weights_only=True)
+    counts = [40, 200, 5, 60, 10, 20, 2, 50, 90, 30, 0]
+    saved["class_counts"] = {"DIAG": counts}
+    torch.save(saved, run / "model.pt")
+    labels, branches = make_lesions(24, tasks)
+    for branch, probabilities in branches.items():
+        biased = probabilities * (np.array(counts) + 1)
+        branches[branch] = biased / biased.sum(1, keepdims=True)
+    change_predictions(run, tasks=tasks, labels=labels, branches=branches)
+
+
+def test_submission_for_the_blind_test(run, release, blind_test, cache, capsys):
+    become_milk10k(run, release)
+    before = contents(run)
+    arguments = ["--data", str(blind_test), "--cache", str(cache), "--device", "cpu"]
+    results = evaluate.main([str(run), *arguments])
+    text = capsys.readouterr().out
+    rows = read_table(run / "milk10k_test" / "submission.csv")
+    assert contents(run) == before and results["test"] == {}
+    assert list(rows[0]) == ["lesion_id", *evaluate.MILK10K]
+    assert [row["lesion_id"] for row in rows] == [f"IL_{n:07}" for n in range(5)]
+    predicted = read_table(run / "milk10k_test" / "predictions.csv")
+    tau = float(text.split("adjusted with tau ")[1].split(":")[0])
+    assert tau > 0 and "macro F1 on validation" in text
+    saved = torch.load(run / "model.pt", weights_only=True)
+    prior = np.maximum(saved["class_counts"]["DIAG"], 1)
+    for row, prediction in zip(rows, predicted):
+        values = np.array([float(row[name]) for name in evaluate.MILK10K])
+        calibrated = [float(prediction[f"calibrated/DIAG/{name}"]) for name in evaluate.MILK10K]
+        winner = np.argmax(np.array(calibrated) / prior**tau)
+        assert all(len(row[name]) == 8 for name in evaluate.MILK10K)
+        assert np.flatnonzero(values > 0.5) == [winner]
+        assert abs(values.sum() - 1) < 1e-5 and values.min() >= 0
+
+
+def test_a_run_with_other_classes_gets_no_submission(run, blind_test, cache, capsys):
+    arguments = ["--data", str(blind_test), "--cache", str(cache), "--device", "cpu"]
+    evaluate.main([str(run), *arguments])
+    assert "no submission.csv" in capsys.readouterr().out
+    assert [path.name for path in (run / "milk10k_test").glob("*.csv")] == ["predictions.csv"]
+
+
+def test_without_validation_labels_there_is_no_submission(run, release, blind_test, cache, capsys):
+    become_milk10k(run, release)
+    p = evaluate.read_predictions(run)
+    change_predictions(run, labels=np.full_like(p.labels, -1))
+    arguments = ["--data", str(blind_test), "--cache", str(cache), "--device", "cpu"]
+    evaluate.main([str(run), *arguments])
+    assert "no submission.csv" in capsys.readouterr().out
+
+
+def test_a_submission_that_cannot_be_written_is_said(
+    run, release, blind_test, cache, monkeypatch, capsys
+):
+    become_milk10k(run, release)
+
+    def refuse(path, header, lines):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(evaluate, "write_csv", refuse)
+    arguments = ["--data", str(blind_test), "--cache", str(cache), "--device", "cpu"]
+    evaluate.main([str(run), *arguments])
+    text = capsys.readouterr().out
+    assert "submission.csv cannot be written" in text and "macro F1 on validation" not in text
+
+
+# ------------------------------------------------------------------------------------- one lesion
+
+
+@pytest.fixture
+def photos(spc_folder):
+    images = spc_folder / "images"
+    return {"clinical": images / "clinic0030.jpg", "dermoscopy": images / "derm0030.jpg"}
+
+
+def load(run):
+    saved = model.read_run_file(run / "model.pt")
+    return saved, model.load_run(saved, CPU)
+
+
+def test_one_lesion_is_answered_as_in_predictions_csv(run, release, photos, capsys):
+    saved, _ = load(run)
+    saved["flags"]["amp"] = False  # one lesion is predicted in float32
+    torch.save(saved, run / "model.pt")
+    evaluate.evaluate_run(run, release, CPU)
+    arguments = [f"--{view}={path}" for view, path in photos.items()]
+    answer = evaluate.main([str(run), "--device", "cpu", *arguments])
+    row = next(row for row in read_table(run / "predictions.csv") if row["case"] == "30")
     for task, classes in answer.items():
+        close(sum(classes.values()), 1, 1e-6)
         for name, value in classes.items():
-            assert abs(value - float(row[f"calibrated/{task}/{name}"])) < 5e-3  # which may be of bfloat16
-    assert f"diagnosis: {max(answer['diagnosis'], key=answer['diagnosis'].get)}" in capsys.readouterr().out
-    with Image.open(run / "lesion-clinic0030.png") as picture:
-        assert picture.size == (1320, 280)
+            assert abs(value - float(row[f"calibrated/{task}/{name}"])) < 1e-4
+    text = capsys.readouterr().out
+    assert f"diagnosis: {max(answer['diagnosis'], key=answer['diagnosis'].get)}" in text
+    with Image.open(run / "lesion-clinic0030-derm0030.png") as picture:  # named for both photos
+        assert picture.width == 1200
+
 
 @pytest.mark.parametrize("view", data.VIEWS)
-def test_one_photo_is_answered_by_its_branch(view, run, release, capsys):
-    """At the temperature that is found for this branch alone."""
-    path = photos(release)[view]
-    answer = evaluate.one_lesion(run, {view: path}, {}, CPU)
-    assert f"only the {view} photo is used" in capsys.readouterr().out
-    saved = torch.load(run / "model.pt", weights_only=True)
-    pixels = torch.from_numpy(data.decode(path, 32))[None, None]
-    image = data.as_inputs(pixels, (view,))[view]
+def test_one_of_two_photos_is_answered_by_its_branch(view, run, photos, capsys):
+    """At the temperature of this branch alone; the photo stands in for the other one as well."""
+    answer = evaluate.answer_one_lesion(run, {view: photos[view]}, {}, CPU)
+    text = capsys.readouterr().out
+    assert f"only the {view} photo is given" in text and "less reliable" in text
+    saved, network = load(run)
+    pixels = torch.from_numpy(data.decode(photos[view], 32)).permute(2, 0, 1)[None]
+    photo = data.normalise(pixels)
     with torch.no_grad():
-        logits = model.load(saved, CPU)(image, image)[view][0]
-    p = evaluate.read_predictions(run, saved)
-    temperature = evaluate.decide(p._replace(branches={view: p.branches[view]}))["temperature"]
-    assert temperature != evaluate.decide(p)["temperature"]
-    close(list(answer["diagnosis"].values()), (logits / temperature).softmax(1)[0], 1e-5)
+        logits = network({"clinical": photo, "dermoscopy": photo})[view]
+    p = evaluate.read_predictions(run)
+    valid = p.split == "valid"
+    alone = p.branches[view][valid]
+    temperature = evaluate.fit_temperature(alone, p.labels[valid], p.tasks)
+    assert temperature != evaluate.fit_late_fusion(p).temperature
+    for task, task_logits in zip(answer, logits):
+        close(list(answer[task].values()), (task_logits / temperature).softmax(1)[0], 1e-5)
 
-def test_photos_that_say_nothing_are_said(run, release, capsys):
-    path = photos(release)["clinical"]
-    evaluate.one_lesion(run, {"clinical": path, "dermoscopy": path}, {}, CPU)
-    assert "one and the same picture" in capsys.readouterr().out
-    remake(run, modality="dermoscopy")
-    with_branches(run, {"dermoscopy": np.full((24, 5), 0.3)})
-    evaluate.one_lesion(run, photos(release), {}, CPU)
-    assert "only the dermoscopy photo is used" in capsys.readouterr().out
-    with pytest.raises(RunError, match="needs the dermoscopy photo"):
-        evaluate.one_lesion(run, {"clinical": path}, {}, CPU)
 
-def test_a_single_branch_is_its_own_answer(run, release, tmp_path):
-    remake(run, modality="dermoscopy")
-    results, _ = with_branches(run, {"dermoscopy": np.full((24, 5), 0.3)})
-    assert list(results["test"]) == ["dermoscopy"] and results["decided"]["weights"] == {"dermoscopy": 1.0}
-    evaluate_csv(run, release, [{"case": "a", "dermoscopy": 50}])
-    assert len(table(run / "new" / "predictions.csv")) == 1
+def test_gradients_of_a_photo_that_stands_in_for_the_other_add_up(run, photos):
+    saved, network = load(run)
+    batch = evaluate.make_lesion_batch(network, saved, {"clinical": photos["clinical"]}, {}, CPU)
+    assert batch["clinical"] is batch["dermoscopy"]
+    late_fusion = LateFusion("weighted", {"fusion": 1.0}, 1.5, {})
 
-def looked_at(run, release, monkeypatch, weights, branches=BRANCHES):
-    """The maps that the picture shows."""
-    maps, overlay = [], evaluate.overlay
-    decided = {"weights": dict(zip(branches, weights)), "temperature": 1.0}
-    monkeypatch.setattr(evaluate, "decide", lambda p, rule: decided)
-    monkeypatch.setattr(evaluate, "overlay", lambda photo, heat: maps.append((photo, heat)) or overlay(photo, heat))
-    evaluate.one_lesion(run, photos(release), {}, CPU)
-    return maps
+    def gradients(batch, views):
+        probabilities, _ = evaluate.predict_one(network, batch, late_fusion)
+        inputs = [batch[view] for view in views]
+        return torch.autograd.grad(evaluate.certainty(probabilities), inputs)
+
+    twins = dict(batch)
+    twins["dermoscopy"] = batch["clinical"].detach().clone().requires_grad_()
+    apart = gradients(twins, ["clinical", "dermoscopy"])
+    together = gradients(batch, ["clinical"])
+    close(together[0], apart[0] + apart[1], 1e-4)
+    assert apart[0].abs().max() > 0 and apart[1].abs().max() > 0
+
+
+def test_a_photo_of_no_use_is_refused(run, photos, capsys):
+    change_model(run, modality="dermoscopy")
+    p = evaluate.read_predictions(run)
+    change_predictions(run, branches=constant(p, ["dermoscopy"]))
+    for given in (photos, {"clinical": photos["clinical"]}):
+        with pytest.raises(RunError, match="dermoscopy photos alone: omit --clinical"):
+            evaluate.answer_one_lesion(run, given, {}, CPU)
+    dermoscopy = {"dermoscopy": photos["dermoscopy"]}
+    evaluate.answer_one_lesion(run, dermoscopy, {"sex": "female"}, CPU)
+    assert "no words about the patient" in capsys.readouterr().out
+
+
+def test_a_single_branch_is_its_own_answer(run):
+    change_model(run, modality="dermoscopy")
+    p = evaluate.read_predictions(run)
+    change_predictions(run, branches={"dermoscopy": p.branches["dermoscopy"]})
+    results = evaluate.main([str(run)])
+    assert list(results["test"]) == ["dermoscopy"] and results["answer"] == "dermoscopy"
+    assert results["late_fusion"]["weights"] == {"dermoscopy": 1.0}
+    assert results["means"]["mean_auc"] == results["test"]["dermoscopy"]["mean_auc"]
+
 
 @pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
-def test_gradient_maps_belong_to_the_branches_of_the_answer(weights, run, release, monkeypatch):
+def test_saliency_belongs_to_the_branches_of_the_answer(weights, run, photos):
     """Without attention a branch sees its own photo alone."""
-    remake(run, fusion="concat")
-    maps = looked_at(run, release, monkeypatch, weights)
-    assert [bool(heat.any()) for _, heat in maps] == [weights[0] + weights[2] > 0, weights[1] + weights[2] > 0]
+    change_model(run, fusion="concat")
+    saved, network = load(run)
+    batch = evaluate.make_lesion_batch(network, saved, photos, {}, CPU)
+    late_fusion = LateFusion("weighted", dict(zip(BRANCHES, weights)), 1.0, {})
+    probabilities, mask = evaluate.predict_one(network, batch, late_fusion)
+    heats = evaluate.saliency(probabilities, batch, list(photos))
+    assert mask is None and heats["clinical"].shape == (32, 32)
+    assert heats["clinical"].any() == (weights[0] + weights[2] > 0)
+    assert heats["dermoscopy"].any() == (weights[1] + weights[2] > 0)
 
-def test_attention_is_drawn_over_the_photo_that_is_read(run, release, monkeypatch):
-    maps = looked_at(run, release, monkeypatch, (0, 0, 1))
-    assert len(maps) == 4
-    network = model.load(torch.load(run / "model.pt", weights_only=True), CPU)
-    decoded = {view: data.decode(path, 32) for view, path in photos(release).items()}
-    with torch.no_grad():
-        inputs = data.as_inputs(torch.from_numpy(np.stack(list(decoded.values())))[None], data.VIEWS)
-        encoder = network.encoders[0]
-        c, d = network.attentions[0](*(encoder.stages[0](encoder.stem(image)) for image in inputs.values()))
-        expected = network.attentions[1].read_of(encoder.stages[1](c), encoder.stages[1](d))
-        for (photo, found), view in zip(maps[1::2], data.VIEWS):
-            close(found, expected[view][0], 1e-4)
-            assert (photo == decoded[view]).all()
 
-def test_words_about_a_patient_come_in_the_order_of_training(run, release, monkeypatch):
-    monkeypatch.setattr(evaluate, "one_lesion", lambda run, paths, about, device, rule: list(about.items()))
-    told = ["--about", "sex=female", "colour=red", "age=45"]
-    photo = f"--clinical={photos(release)['clinical']}"
-    assert evaluate.main([str(run), photo, *told]) == [("age", ["45"]), ("sex", ["female"]), ("colour", ["red"])]
+def test_words_change_mats_answer(run, spc_folder, release, capsys):
+    change_model(run, model="mat")
+    evaluate.evaluate_run(run, release, CPU)
+    photo = {"dermoscopy": spc_folder / "images" / "derm0030.jpg"}
+    about = {"sex": "female", "age": "45", "colour": "red"}
+    answers = [evaluate.answer_one_lesion(run, photo, words, CPU) for words in ({}, about)]
+    assert answers[0] != answers[1]
+    assert "colour red" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["sex=female"], ["--dermoscopy", "x.jpg", "--about", "sex"]])
+def test_flags_that_do_not_go_together(arguments, run):
+    if arguments[0] == "sex=female":
+        arguments = ["--about", *arguments]
     with pytest.raises(SystemExit):
-        evaluate.main([str(run), *told])
+        evaluate.main([str(run), *arguments])
 
-def test_long_class_names_do_not_break_the_picture(run, release):
-    edit(run, lambda saved: saved["tasks"].update(veil=("ä" * 75, "b" * 750)))
-    with_branches(run, {branch: np.full((24, 5), 0.3) for branch in BRANCHES})
-    assert len(evaluate.one_lesion(run, photos(release), {}, CPU)["veil"]) == 2
 
-def test_the_answer_is_said_before_a_picture_that_cannot_be_written(run, release, monkeypatch, capsys):
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(evaluate, "draw", refuse)
-    with pytest.raises(PermissionError):
-        evaluate.one_lesion(run, photos(release), {}, CPU)
-    assert "veil: " in capsys.readouterr().out
+def test_long_names_do_not_break_the_picture(run, photos):
+    tasks = {"diagnosis": ("a", "b", "c"), "v" * 200: ("ä" * 75, "b" * 300)}
+    p = evaluate.read_predictions(run)
+    change_model(run, tasks)
+    change_predictions(run, tasks=tasks, branches=constant(p, BRANCHES))
+    answer = evaluate.answer_one_lesion(run, photos, {}, CPU)
+    assert len(answer["v" * 200]) == 2
+
 
 @pytest.mark.parametrize("learns", ["class", "both"])
-def test_clnets_activation_map_is_worked_out_by_hand(learns, run, release, monkeypatch):
-    """Eq. 2 and 3. The classifier is linear in the pooled maps, so the gradients of log p can be written down."""
-    remake(run, model="clnet", tasks=learns, image_size=64)
-    (_, found), *_ = looked_at(run, release, monkeypatch, [1.0], ["dermoscopy"])
-    network = model.load(torch.load(run / "model.pt", weights_only=True), CPU)
-    image = data.as_inputs(torch.from_numpy(data.decode(photos(release)["dermoscopy"], 64))[None, None],
-                           ["dermoscopy"])["dermoscopy"]
+def test_clnets_activation_map_is_worked_out_by_hand(learns, run, photos):
+    """Eq. 2 and 3. The classifier is linear in the pooled maps, so the gradients of log p by the
+    logits can be written down."""
+    change_model(run, model="clnet", tasks=learns, image_size=64)
+    saved, network = load(run)
+    given = {"dermoscopy": photos["dermoscopy"]}
+    batch = evaluate.make_lesion_batch(network, saved, given, {}, CPU)
+    heat = evaluate.activation_map(network, batch, temperature=1.0)
     with torch.no_grad():
-        X = network.encoders[0](image)[-1]
-        if learns == "both":
-            X = network.fusions[3](X, network.encoders[1](image)[-1])
-        w = torch.zeros(X.shape[1])
-        for task, logits in zip(network.tasks, network(image)["dermoscopy"]):
-            gradient = F.one_hot(logits[0].argmax(), logits.shape[1]) - logits[0].softmax(0)  # of log p by the logits
-            w += gradient @ task.weight[:, -len(w):] / X[0, 0].numel()
-        expected = (w[:, None, None] * X[0]).relu().sum(0)
+        last_map = network.maps(batch)[-1]  # (1, C, 2, 2)
+        C = last_map.shape[1]
+        weight = torch.zeros(C)
+        for head, logits in zip(network.heads, network(batch)["dermoscopy"]):
+            one_hot = F.one_hot(logits[0].argmax(), logits.shape[1])
+            gradient = one_hot - logits[0].softmax(0)  # of log p by the logits
+            weight += gradient @ head.weight[:, -C:] / 4  # a mean over 4 places
+        expected = (weight[:, None, None] * last_map[0]).relu().sum(0)
     assert expected.shape == (2, 2) and expected.max() > 0
-    close(found, expected, 1e-4)
+    close(heat, expected, 1e-4)
+
+
+def test_pictures_show_where_the_map_and_the_mask_are_high():
+    photo = np.full((280, 280, 3), 200, np.uint8)
+    heat = np.zeros((2, 2))
+    heat[0, 1] = 5.0
+    shown = evaluate.overlay(photo, heat)
+    assert (shown[-1, 0] == 200).all() and shown[0, -1, 0] < 60  # turquoise has no red
+
+
+def test_panels(photos):
+    """A photo, what counts in it, and the mask; turquoise has no red."""
+    mask_logits = torch.full((1, 1, 28, 28), -1.0)
+    mask_logits[:, :, 10:18, 10:18] = 0.1
+    heats = {"dermoscopy": np.ones((2, 2))}
+    panels = evaluate.make_panels({"dermoscopy": photos["dermoscopy"]}, heats, mask_logits)
+    (_, photo), (_, heat), (_, mask) = panels
+    assert photo.shape == heat.shape == mask.shape == (280, 280, 3)
+    assert heat[:, :, 0].max() < 60 and mask[120:160, 120:160, 0].max() < 60
+    assert (mask[:80] == photo[:80]).all() and (mask[200:] == photo[200:]).all()
+
+
+def test_a_fifth_panel_fits_into_the_picture(tmp_path):
+    """All panels are there, each narrower."""
+    panels = []
+    for n in range(6):
+        panels.append((f"panel {n}", np.full((280, 280, 3), (0, 40 * n, 0), np.uint8)))
+    evaluate.draw(tmp_path / "six.png", panels, "An answer.", {"DIAG": {"a": 0.25, "b": 0.75}})
+    with Image.open(tmp_path / "six.png") as picture:
+        assert picture.width == 1200
+        colours = {colour for _, colour in picture.getcolors(1 << 20)}
+    assert all((0, 40 * n, 0) in colours for n in range(6))
