@@ -1171,6 +1171,18 @@ def fingerprint_of(tasks, lesions, file_hashes):
     return hash_of(repr(contents).encode())
 
 
+def count_masks(catalogue):
+    """How many lesions name a mask; 0 if one of these masks is not on disk."""
+    if "mask" not in catalogue.views:
+        return 0
+    lesions = [lesion for lesion in catalogue.lesions if lesion.pictures["mask"]]
+    try:
+        find_pictures(lesions, ("mask",), catalogue.folder)
+    except DataError:
+        return 0
+    return len(lesions)
+
+
 def read(path, size=128, cache="runs/cache", to_train=True, masks=False, vocabulary=None):
     """The Release at `path`, a folder or one of its tables, with pictures of size x size pixels.
 
@@ -1184,8 +1196,8 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False, vocabul
     path = Path(path).expanduser().resolve()
     catalogue = read_tables(path)
     views = catalogue.views
-    if "mask" in views and not masks:
-        views = views[:-1]
+    if "mask" in views and not (masks and (to_train or count_masks(catalogue) > 0)):
+        views = views[:-1]  # to predict, no masks are needed
     lesions, notes = choose_lesions(catalogue, views, to_train)
     require(lesions, f"{path}: no lesion can be used. {'; '.join(notes)}")
     if to_train:
@@ -1576,20 +1588,6 @@ def run_main(main, *user_errors):
 # ----------------------------------------------------------------- What is in a release
 
 
-def print_masks(catalogue):
-    """How many lesions name a mask, or which masks are missing."""
-    lesions = [lesion for lesion in catalogue.lesions if lesion.pictures.get("mask")]
-    text = "none"
-    if "mask" in catalogue.views and lesions:
-        text = f"{len(lesions)} lesions"
-        try:
-            find_pictures(lesions, ("mask",), catalogue.folder)
-        except DataError as error:
-            first_lines = str(error).splitlines()[:2]
-            text = " ".join(first_lines)
-    print(f"masks: {text}")
-
-
 def print_summary(release):
     """How a release was understood, and how many lesions of each class each split has."""
     photos = [view for view in release.views if view != "mask"]
@@ -1643,7 +1641,7 @@ def main(argv=None):
     only_masks = "mask" in catalogue.views and not catalogue.has_labels()
     release = read(path, to_train=catalogue.has_labels() or only_masks, masks=only_masks)
     print_summary(release)
-    print_masks(catalogue)
+    print(f"masks: {count_masks(catalogue)} lesions (0 if some are missing)")
     sheet = f"runs/{path.stem}-contact-sheet.png"
     with atomic_write(sheet) as temporary:
         contact_sheet(release).save(temporary, format="PNG")

@@ -628,6 +628,15 @@ def test_masks_of_zeros_and_ones_and_missing_masks_are_refused(tmp_path):
         data.read(tmp_path, 40, masks=True)
 
 
+def test_lesions_without_masks_can_be_predicted_by_a_run_that_learned_masks(tmp_path):
+    make_ham(tmp_path)
+    assert data.read(tmp_path, 40, to_train=False, masks=True).views == ("dermoscopy", "mask")
+    shutil.rmtree(tmp_path / "masks")
+    assert data.read(tmp_path, 40, to_train=False, masks=True).views == ("dermoscopy",)
+    with pytest.raises(DataError, match="mask 'ISIC_0000007_segmentation'"):
+        data.read(tmp_path, 40, masks=True)
+
+
 def test_ham10000_as_kaggle_has_it_holds_each_photo_twice(tmp_path):
     expected = data.read(make_ham(tmp_path), 16)
     for part in (1, 2):
