@@ -7,27 +7,25 @@
     python evaluate.py RUN --clinical A.jpg --dermoscopy B.jpg    one lesion; one photo will do
 
 A network has branches, each with logits of its own (PEMM: clinical, dermoscopy, fusion). Late
-fusion makes three more predictors of them:
+fusion makes further predictors of them:
 
-    equal       softmax(mean of the branches' logits)
-    weighted    softmax(weighted mean of the branches' logits)
-    calibrated  softmax(weighted mean of the branches' logits / temperature)
+    predictor       its probabilities                                    used for
+    each branch     softmax(its logits)                                  tables
+    "equal"         softmax(mean of the branches' logits)                tables
+    "weighted"      softmax(weighted mean of the branches' logits)       tables: this is the answer
+    "calibrated"    softmax(that weighted mean / temperature)            one lesion, submissions
 
-The validation split chooses weights and temperature. The tables call weighted the answer, as the
-paper has no temperature. One lesion and MILK10k's benchmark get calibrated: the same likeliest
-classes, with more honest probabilities. A network with one branch has nothing to fuse: the tables
-call this branch the answer, and only calibrated is added.
+The validation split chooses the weights and the temperature. The tables never show calibrated, as
+the paper has no temperature: its likeliest classes are those of weighted, its probabilities are
+more honest. A network with a single branch has nothing to fuse: in the tables it is the answer.
 
 The method comes first, up to "The method ends here": predicting, late fusion, the metrics of the
 paper's tables. Each section after it can be skipped: statistics, a run's files, results, tables,
-MILK10k's benchmark, another release, one lesion, CLNet's maps, the picture, the answer, flags.
+MILK10k's benchmark, another release, one lesion, CLNet's maps, the picture, the report, flags.
 
-Words: a predictor is a branch or one of the three above. `branches` is always a dict from branch to
-its probabilities (N, K). A finding is a class that Table 1 has a column of, such as DIAG/MEL.
-
-Shapes: N lesions, L of them with a known label of the task at hand, T tasks, n_t classes of task t,
-K = n_1 + ... + n_T classes of all tasks, B lesions of a batch, S the side of a photo in pixels; in
-the statistics M runs of a group, R resamples. `p` is a Predictions, k the number of a class.
+Shapes: N lesions, T tasks, n_t classes of task t, K = n_1 + ... + n_T classes of all tasks, S the
+side of a photo in pixels. `branches` is a dict from branch to probabilities (N, K), in which the
+tasks stand side by side. `p` is always a Predictions.
 """
 
 import argparse
@@ -35,10 +33,11 @@ import csv
 import itertools
 import json
 import math
+import os
 import textwrap
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +51,7 @@ import model
 from loss import branch_loss
 from model import RunError
 
-BATCH_SIZE = 48  # lesions predicted at once; changes speed and memory, not the predictions
+BATCH_SIZE = 48  # lesions predicted at once: changes speed, memory and the rounding, no more
 STEPS = 20  # weights are multiples of 1/20; not in the paper: SPC's 203 lesions tell no finer
 TEMPERATURES = np.geomspace(0.1, 10, 101)  # to choose from, in steps of 4.7%; not in the paper
 
@@ -66,7 +65,7 @@ class Predictions:
     split: np.ndarray  # (N,) "valid" or "test"
     labels: np.ndarray  # (N, T) int64, the number of the true class; -1 unknown
     metadata: dict  # column of the release's table, such as "sex" -> (N,) texts
-    branches: dict  # branch -> (N, K) probabilities, the tasks side by side
+    branches: dict  # branch -> (N, K) probabilities
     overlaps: dict  # for CLNet; skip. "jaccard", "dice" of its masks -> (N,); else empty
     fingerprint: str  # of the release, to tell it from others
 
@@ -76,10 +75,10 @@ class Predictions:
 
 @torch.inference_mode()
 def predict(network, release, rows, device, amp):
-    """The network's probabilities for N lesions of a release.
+    """The network's probabilities for N lesions of a release, in batches of B.
 
     release  a data.Release
-    rows     numbers of the lesions in it, a tensor (N,)
+    rows     numbers of the N lesions in it, a tensor (N,)
     amp      whether the network calculates in bfloat16
 
     Returns two dicts: branch -> (N, K) float64 probabilities, and overlap -> (N,). The latter is
@@ -89,7 +88,7 @@ def predict(network, release, rows, device, amp):
     network.eval()
     probabilities = defaultdict(list)  # branch -> an array (B, K) for each batch
     fits = defaultdict(list)  # overlap -> an array (B,) for each batch; for CLNet; skip
-    rows_of_batches = rows.split(BATCH_SIZE)  # a tensor's split: the first 48, the next 48, ...
+    rows_of_batches = torch.split(rows, BATCH_SIZE)  # the first 48, the next 48, ...
     for batch_rows in data.progress(rows_of_batches, "predicting"):
         batch = data.make_batch(release, batch_rows, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -116,13 +115,13 @@ def softmax_of_mean(logits, weights, temperature):
     """For each task softmax(weighted mean of the branches' logits / temperature).
 
     logits   branch -> T tensors (N, n_t)
-    weights  branch -> its weight; their sum is 1. Branches without a weight are left out
+    weights  branch -> its weight, the sum being 1. Branches without a weight are left out
 
     Returns T tensors (N, n_t) of probabilities, through which gradients flow.
     """
-    a_branch = list(weights)[0]
+    num_tasks = len(next(iter(logits.values())))
     probabilities = []
-    for t in range(len(logits[a_branch])):
+    for t in range(num_tasks):
         mean = 0
         for branch, weight in weights.items():
             mean = mean + weight * logits[branch][t]
@@ -148,7 +147,10 @@ def to_logits(probabilities, tasks):
 
 
 def fuse(branches, weights, tasks, temperature=1.0):
-    """Late fusion of probabilities: branch -> (N, K) becomes (N, K). weights: branch -> weight."""
+    """Late fusion of probabilities: branch -> (N, K) becomes (N, K).
+
+    weights: branch -> weight; their sum must be 1, as another sum would act like a temperature.
+    """
     logits = {branch: to_logits(branches[branch], tasks) for branch in weights}
     fused = softmax_of_mean(logits, weights, temperature)
     return torch.cat(fused, dim=1).numpy()
@@ -157,17 +159,17 @@ def fuse(branches, weights, tasks, temperature=1.0):
 def is_correct(probabilities, labels, tasks):
     """Is the likeliest class the true one? Probabilities (N, K) and labels (N, T) -> (N, T) bool.
 
-    Entries without a known label are masked. (That is numpy's word and nothing to do with CLNet's
-    masks of lesions.) The mean() of a masked array is the mean of what is not masked.
+    The result is one of numpy's masked arrays: entries without a known label are masked, and its
+    mean() and count() leave them out. (This has nothing to do with CLNet's masks of lesions.)
     """
-    likeliest = [part.argmax(axis=1) for part in split_by_task(probabilities, tasks)]  # T of (N,)
-    correct = np.stack(likeliest, axis=1) == labels
+    predicted = [part.argmax(axis=1) for part in split_by_task(probabilities, tasks)]  # T of (N,)
+    correct = np.stack(predicted, axis=1) == labels
     return np.ma.masked_array(correct, mask=labels < 0)
 
 
-def to_weights(branches, steps):
-    """Steps of 1/20, such as (7, 7, 6), as a dict from branch to weight."""
-    return {branch: step / STEPS for branch, step in zip(branches, steps)}
+def to_weights(names, steps):
+    """Steps of 1/20, such as (7, 7, 6), as a dict from the branches' names to weights."""
+    return {name: step / STEPS for name, step in zip(names, steps)}
 
 
 def unevenness(steps):
@@ -175,15 +177,25 @@ def unevenness(steps):
     return sum(step**2 for step in steps)
 
 
+def standard_error(probabilities, labels, tasks):
+    """The standard error of the mean accuracy, if other lesions had been drawn.
+
+    Each lesion has a share of tasks in which it is right. The mean accuracy is the mean of these
+    shares (only nearly where labels are unknown), and the spread of the shares tells its error.
+    """
+    share = is_correct(probabilities, labels, tasks).mean(axis=1)  # (N,)
+    return share.std() / math.sqrt(share.count())  # count: of lesions with any known label
+
+
 def search_weights(branches, labels, tasks):
     """The weights of the branches, the same for all tasks, from the N validation lesions.
 
     The paper (Sec. 4.1, after Tang et al. 2022) takes the most accurate ones. Many others are less
-    accurate by no more than chance, so the answer takes the most even ones of all that are within
-    one standard error of the best. Not in the paper: averages of several branches vary less. On
+    accurate by no more than chance. So the answer takes, of all that are within one standard error
+    of the best, the most even ones (not in the paper: averages of several branches vary less). On
     test lesions the AUC rose by 0.2 points in the demo and by 0.1 on MILK10k. The accuracy may
-    fall: the standard error is of one accuracy, and that of the difference between two of them on
-    the same lesions is smaller.
+    fall, because this rule is generous: two accuracies on the same lesions differ by less than one
+    standard error of each.
 
     Returns two choices, branch -> weight: the answer's and the paper's. Without any known label
     both are equal weights.
@@ -203,11 +215,8 @@ def search_weights(branches, labels, tasks):
     best = min(tied, key=unevenness)  # the paper has no rule for ties
 
     fused = fuse(branches, to_weights(branches, best), tasks)
-    # The mean of the lesions' shares of right tasks is the mean accuracy; nearly, if labels are
-    # unknown. So the spread of these shares gives its standard error.
-    share = is_correct(fused, labels, tasks).mean(axis=1)  # (N,)
-    standard_error = share.std() / math.sqrt(share.count())  # count: of lesions with any label
-    near = [steps for steps in accuracies if accuracies[steps] >= highest - standard_error]
+    lowest = highest - standard_error(fused, labels, tasks)
+    near = [steps for steps in accuracies if accuracies[steps] >= lowest]
     chosen = min(near, key=unevenness)  # of equally even ones the first, in both searches
     return to_weights(branches, chosen), to_weights(branches, best)
 
@@ -232,7 +241,7 @@ def fit_temperature(probabilities, labels, tasks):
 class LateFusion:
     """How the branches become one answer: chosen on the validation split alone."""
 
-    answer: str  # the predictor that the tables call so: "weighted", or the only branch
+    answer_name: str  # the predictor that the tables call the answer: "weighted" or the only branch
     weights: dict  # branch -> its weight in the answer
     temperature: float  # of calibrated
     paper_weights: dict  # branch -> its weight by the paper's choice, for a line of the tables
@@ -241,15 +250,15 @@ class LateFusion:
 def fit_late_fusion(p):
     """The LateFusion for a run's Predictions p. A run that predicts masks alone fuses nothing."""
     if not p.branches:
-        return LateFusion(answer="", weights={}, temperature=1.0, paper_weights={})
-    answer = "weighted" if len(p.branches) > 1 else list(p.branches)[0]
+        return LateFusion(answer_name="", weights={}, temperature=1.0, paper_weights={})
+    answer_name = "weighted" if len(p.branches) > 1 else list(p.branches)[0]
     is_valid = p.split == "valid"
     labels = p.labels[is_valid]
     branches = {branch: probabilities[is_valid] for branch, probabilities in p.branches.items()}
     weights, paper_weights = search_weights(branches, labels, p.tasks)
     fused = fuse(branches, weights, p.tasks)
     temperature = fit_temperature(fused, labels, p.tasks)
-    return LateFusion(answer, weights, temperature, paper_weights)
+    return LateFusion(answer_name, weights, temperature, paper_weights)
 
 
 # --------------------------------------------------------------- the metrics of the paper's tables
@@ -260,9 +269,11 @@ def is_finding(k, classes):
 
     "absent" has none, and of two classes only the second has one. That loses no AUC, as the first
     would have the same; but precision, sensitivity and average precision are then the second's
-    alone. The order of the classes is data.py's: as published, in an own CSV file sorted, "absent"
-    first. So the 24 classes of SPC's eight tasks give 17 findings: all 5 of DIAG, 2 of 3 of PN,
-    STR, PIG, DaG and VS, 1 of 2 of RS and BWV. Their plain mean is the paper's AVG AUC.
+    alone. The order of the classes is data.py's: as published, in an own CSV file by the alphabet
+    with "absent" first. There, of melanoma and nevus the finding is nevus.
+
+    The 24 classes of SPC's eight tasks give 17 findings: all 5 of DIAG, 2 of 3 of PN, STR, PIG, DaG
+    and VS, 1 of 2 of RS and BWV. Their plain mean is the paper's AVG AUC.
     """
     if len(classes) == 2:
         return k == 1
@@ -271,7 +282,7 @@ def is_finding(k, classes):
 
 @dataclass
 class LabelledTask:
-    """One task, and those L of N lesions whose label of it is known."""
+    """One task, and those L of the N lesions whose label of it is known."""
 
     name: str
     is_labelled: np.ndarray  # (N,) bool: which lesions these are
@@ -349,9 +360,12 @@ def measure(probabilities, labels, tasks):
 # ------------------------------------------------------------------------------------- statistics
 #
 # How far does chance move a metric? The bootstrap draws N of the N test lesions with replacement, R
-# times over, and measures each of these resamples. No lesion is copied: one that is drawn twice
-# counts twice. Where a resample gives 0 / 0, because it lacks all lesions that a metric needs,
-# np.ma.divide masks the entry, and means over findings leave it out.
+# times over, and measures each of these R resamples. No lesion is copied: one that is drawn twice
+# counts twice. Lesions are drawn one by one, as if none shared its patient with another; where many
+# do, the true intervals are wider.
+#
+# Where a resample gives 0 / 0, because it lacks all lesions that a metric needs, np.ma.divide masks
+# the entry, and means over findings leave it out. M is the number of runs in a group.
 
 RESAMPLES = 1000  # R (not in the paper, which has no intervals)
 BINS = 15  # of the calibration error (Guo et al. 2017)
@@ -363,7 +377,9 @@ def resample_lesions(labels):
     By hand: of three lesions the first twice, the second never: 2, 0, 1.
 
     With a single task, labels (N, 1), each class is drawn by itself, so that no resample lacks one;
-    lesions of unknown class, -1, are then drawn by themselves as well. The draws depend on the
+    lesions of unknown class, -1, are then drawn by themselves as well. With several tasks a lesion
+    has several classes, so all lesions are drawn together. (A class with one or two
+    lesions then hardly varies: its part of the interval is too narrow.) The draws depend on the
     labels alone, so all runs with the same test lesions get the same.
     """
     rng = np.random.default_rng(0)
@@ -466,10 +482,10 @@ def calibration(probabilities, labels, tasks):
 def noise_of_a_run(groups):
     """The standard deviation within groups of runs, pooled: what another seed does to a metric.
 
-    groups: for each group the metric's values (M,). nan, unknown, if no group has two runs.
+    groups: for each group the M values of the metric. nan, unknown, if no group has two runs.
     By hand: groups 1, 3 and 5, 5, 8. Squares about the means: 2 and 6. Over 1 + 2: sqrt(8 / 3).
     """
-    deviations = np.concatenate([values - np.mean(values) for values in groups])
+    deviations = np.concatenate([np.array(values) - np.mean(values) for values in groups])
     degrees_of_freedom = len(deviations) - len(groups)
     if degrees_of_freedom == 0:
         return math.nan
@@ -482,13 +498,13 @@ def lesions_needed(difference, over_lesions, seeds_error, num_lesions):
     over_lesions  its 95% interval, which shrinks with the root of the number of lesions
     seeds_error   its standard error from the seeds alone, which does not; nan if it is unknown
 
-    With that many lesions half of the interval is as wide as the difference, so the chance to see
-    it is about even. Where twice seeds_error exceeds the difference, no number is enough: inf. nan
-    if seeds_error is unknown.
+    With that many lesions half of over_lesions is as wide as the difference, so that chance over
+    lesions hides it every other time; chance over seeds makes it more often. Where twice
+    seeds_error exceeds the difference, no number is enough: inf. nan if seeds_error is unknown.
     """
     if math.isnan(seeds_error):
         return math.nan
-    if difference == 0 or 2 * seeds_error > abs(difference):
+    if difference == 0 or 2 * seeds_error > abs(difference):  # 2 is about 1.96: 95%
         return math.inf
     low, high = over_lesions
     half_width = (high - low) / 2
@@ -539,6 +555,7 @@ def compare_groups(answers, other_answers, labels, tasks):
     for name in values:
         value = float(np.mean(values[name]) - np.mean(other_values[name]))
         over_lesions = interval(samples[name].mean(axis=0) - other_samples[name].mean(axis=0))
+        # The counts of M runs add up to M, so that this mean is the mean of the drawn runs.
         means = (drawn * samples[name]).mean(axis=0)  # (R,)
         other_means = (other_drawn * other_samples[name]).mean(axis=0)
         over_both = interval(means - other_means)
@@ -558,12 +575,12 @@ def write_predictions(path, p):
     An array for each field or, of a dict, for each entry: "cases", "branches/fusion", "tasks/DIAG".
     """
     arrays = {}
-    for field, value in vars(p).items():
+    for field_name, value in vars(p).items():
         if isinstance(value, dict):
             for name, entry in value.items():
-                arrays[f"{field}/{name}"] = entry
+                arrays[f"{field_name}/{name}"] = entry
         else:
-            arrays[field] = value
+            arrays[field_name] = value
     with data.atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
@@ -574,20 +591,22 @@ def read_predictions(run):
     advice = f"python train.py --resume {run} finishes a run, or predicts anew if it is finished"
     if not path.exists():
         raise RunError(f"{path} does not exist. {advice}")
-    fields = {"tasks": {}, "metadata": {}, "branches": {}, "overlaps": {}}
+    values = {}
+    for field in fields(Predictions):
+        if field.type is dict:
+            values[field.name] = {}
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        fields["fingerprint"] = str(arrays.pop("fingerprint"))
         for key, array in arrays.items():
-            field, slash, name = key.partition("/")
-            if field == "tasks":
-                fields[field][name] = tuple(array.tolist())  # its class names
-            elif slash:
-                fields[field][name] = array
+            field_name, slash, name = key.partition("/")
+            if slash:
+                values[field_name][name] = array
             else:
-                fields[field] = array
-        return Predictions(**fields)
+                values[field_name] = array
+        p = Predictions(**values)
+        tasks = {task: tuple(classes.tolist()) for task, classes in p.tasks.items()}
+        return replace(p, tasks=tasks, fingerprint=str(p.fingerprint))  # these are no arrays
     except Exception as error:  # numpy and zipfile raise half a dozen types for a damaged file
         raise RunError(f"{path} is damaged ({error}). {advice}") from error
 
@@ -625,17 +644,18 @@ def write_predictions_csv(path, p, predictors):
 
 
 @contextmanager
-def warn_if_unwritable(what):
+def warn_if_unwritable(path):
     """Within it a file that cannot be written, as in a colleague's run, costs only a WARNING."""
     try:
         yield
     except OSError as error:
-        print(f"WARNING: {what} cannot be written ({error})")
+        print(f"WARNING: {path} cannot be written ({error})")
 
 
 # --------------------------------------------------------------------------------------- results
 
-# The means in results.json, and how the tables call them.
+# The single numbers that sum up a predictor: name in results.json -> name in the tables. The tables
+# print those of them that could be measured, in this order and as percentages.
 MEANS = {
     "mean_auc": "AUC",
     "mean_accuracy": "accuracy",
@@ -683,8 +703,10 @@ def subgroups_of(metadata, n):
     for column, texts in metadata.items():
         fact = data.PATIENT_FACTS.get(column, column)
         not_given = f"{fact} not given"
-        if names.get(fact, not_given) == not_given:  # no earlier column says more
-            names[fact] = data.patient_word(column, texts[n] or "not given")
+        is_known = names.get(fact, not_given) != not_given  # from an earlier column
+        if not is_known:
+            is_filled = texts[n] != ""
+            names[fact] = data.patient_word(column, texts[n]) if is_filled else not_given
     return names
 
 
@@ -726,7 +748,7 @@ def make_results(p, late_fusion, predictors):
     results = {
         "fingerprint": p.fingerprint,
         "late_fusion": vars(late_fusion),
-        "answer": late_fusion.answer,  # its name among the predictors
+        "answer": late_fusion.answer_name,  # its name among the predictors
         "lesions": int((labels >= 0).any(axis=1).sum()),  # test lesions with a known label
         "means": {},  # the answer's on the test split, by the names in MEANS
         "valid": {},  # what `measure` returns for the answer on the validation split
@@ -737,14 +759,14 @@ def make_results(p, late_fusion, predictors):
         "overlaps": {},  # "jaccard" and "dice" of the masks: [mean, low, high]
     }
     if predictors:  # a run that predicts masks alone has none
-        answer = predictors[late_fusion.answer]
+        answer = predictors[late_fusion.answer_name]
         results["valid"] = measure(answer[is_valid], p.labels[is_valid], p.tasks)
         if results["lesions"] > 0:
             for predictor, probabilities in predictors.items():
-                if predictor != "calibrated":  # its likeliest classes are the answer's
+                if predictor != "calibrated":  # the paper's tables have no temperature
                     measured = measure_with_intervals(probabilities[is_test], labels, p.tasks)
                     results["test"][predictor] = measured
-            results["means"] = means_of(results["test"][late_fusion.answer])
+            results["means"] = means_of(results["test"][late_fusion.answer_name])
             results["subgroups"] = measure_subgroups(p, answer)
             by_paper = fuse(p.branches, late_fusion.paper_weights, p.tasks)
             results["paper_fusion"] = means_of(measure(by_paper[is_test], labels, p.tasks))
@@ -759,14 +781,16 @@ def make_results(p, late_fusion, predictors):
     return results
 
 
-def evaluate_predictions(folder, p, late_fusion):
-    """The Evaluation of p; its results go to results.json, its predictors to predictions.csv."""
+def evaluate_and_write(folder, p, late_fusion):
+    """The Evaluation of p. Replaces predictions.csv and results.json in the folder."""
     predictors = fuse_all(p, late_fusion)
     results = make_results(p, late_fusion, predictors)
-    with warn_if_unwritable(f"the results in {folder}"):
-        write_predictions_csv(folder / "predictions.csv", p, predictors)
-        with data.atomic_write(folder / "results.json") as temporary:
-            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    path = folder / "predictions.csv"
+    with warn_if_unwritable(path):
+        write_predictions_csv(path, p, predictors)
+    path = folder / "results.json"
+    with warn_if_unwritable(path), data.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
     return Evaluation(p, predictors, results)
 
 
@@ -785,7 +809,8 @@ def predict_release(saved, release, device):
     if not set(views) <= set(release.views):
         there = " and ".join(release.views)
         raise RunError(f"the run reads {' and '.join(views)}; this release has {there}")
-    amp = saved["flags"]["amp"] and model.has_bfloat16(device)  # it was trained on any device
+    # The run may have been trained on a device with bfloat16, and this one may have none.
+    amp = saved["flags"]["amp"] and model.has_bfloat16(device)
     rows = torch.cat((release.rows("valid"), release.rows("test")))
     branches, overlaps = predict(network, release, rows, device, amp)
     rows = rows.numpy()
@@ -806,9 +831,11 @@ def evaluate_run(run, release=None, device=None):
         p = read_predictions(run)
     else:
         saved = model.read_run_file(run / "model.pt")
+        if release.fingerprint != saved["fingerprint"]:
+            raise RunError(f"{run} belongs to another release; see --data of evaluate.py")
         p = predict_release(saved, release, device or model.find_device())
         write_predictions(run / "predictions.npz", p)
-    return evaluate_predictions(run, p, fit_late_fusion(p)).results
+    return evaluate_and_write(run, p, fit_late_fusion(p)).results
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -821,14 +848,14 @@ def percent(value):
     return f"{100 * value:.1f}"
 
 
-def percent_or_empty(measured, name):
-    """The cell of a metric that may be missing."""
-    return percent(measured[name]) if name in measured else ""
+def cells_of(measured, names):
+    """The cells of these metrics, one that could not be measured being empty."""
+    return [percent(measured[name]) if name in measured else "" for name in names]
 
 
-def print_table(title, header, table):
-    """table: what stands at the left of a line -> its cells, texts, as many as `header` has."""
-    lines = [(title, header)] + list(table.items())
+def print_table(title, header, lines):
+    """lines: for each what stands at its left, and its cells, as many texts as `header` has."""
+    lines = [(title, header)] + lines
     widths = []
     for n in range(len(header)):
         widths.append(2 + max(len(cells[n]) for _, cells in lines))
@@ -837,7 +864,7 @@ def print_table(title, header, table):
     print()
     for name, cells in lines:
         if len(name) > left:  # it gets a line of its own
-            print(name[-TABLE_WIDTH:])
+            print(name[-TABLE_WIDTH:])  # of a path the end tells more
             name = ""
         texts = [cell.rjust(width) for cell, width in zip(cells, widths)]
         print(name.ljust(left) + "".join(texts))
@@ -853,18 +880,21 @@ def print_metric(title, metric, results):
     test = results["test"]
     if metric not in test[results["answer"]]:  # there is no class to tell from others
         return
-    mean = f"mean_{metric}"
+    lines = []
+    for name in test[results["answer"]][metric]:  # all predictors have the same names
+        lines.append((name, [percent(measured[metric][name]) for measured in test.values()]))
     header = []
-    table = defaultdict(list)
+    means = []
+    lows = []
+    highs = []
     for predictor, measured in test.items():
         header.append(heading(predictor, results))
-        for name, value in measured[metric].items():
-            table[name].append(percent(value))
-        low, high = measured["intervals"][mean]
-        table["mean"].append(percent(measured[mean]))
-        table["95% from"].append(percent(low))
-        table["95% to"].append(percent(high))
-    print_table(title, header, table)
+        low, high = measured["intervals"][f"mean_{metric}"]
+        means.append(percent(measured[f"mean_{metric}"]))
+        lows.append(percent(low))
+        highs.append(percent(high))
+    lines += [("mean", means), ("95% from", lows), ("95% to", highs)]
+    print_table(title, header, lines)
 
 
 def print_table_4(results):
@@ -873,27 +903,27 @@ def print_table_4(results):
     if not set(TABLE_4) <= set(measured.get("auc", {})):
         return
     rates = ["precision", "sensitivity", "specificity"]
-    table = {}
+    lines = []
     for finding in TABLE_4:
-        table[finding] = [percent(measured[rate][finding]) for rate in rates]
-    print_table("Table 4: the answer (%)", rates, table)
+        cells = []
+        for rate in rates:
+            cells.append(percent(measured[rate][finding]))
+        lines.append((finding, cells))
+    print_table("Table 4: the answer (%)", rates, lines)
 
 
 def print_means(results):
     """The means of every predictor, then the answer's in subgroups."""
     test = results["test"]
-    lines = {}
-    for predictor, measured in test.items():
-        lines[heading(predictor, results)] = {"lesions": results["lesions"], **measured}
-    lines.update(results["subgroups"])
     names = list(means_of(test[results["answer"]]))
-    table = {}
-    for line, measured in lines.items():
-        table[line] = [str(measured["lesions"])]
-        for name in names:
-            table[line].append(percent_or_empty(measured, name))
+    lines = []
+    for predictor, measured in test.items():
+        cells = [str(results["lesions"])] + cells_of(measured, names)
+        lines.append((heading(predictor, results), cells))
+    for subgroup, measured in results["subgroups"].items():
+        lines.append((subgroup, [str(measured["lesions"])] + cells_of(measured, names)))
     header = ["lesions"] + [MEANS[name] for name in names]
-    print_table("means, and the answer's in subgroups (%)", header, table)
+    print_table("means, and the answer's in subgroups (%)", header, lines)
 
 
 def print_late_fusion(results):
@@ -905,26 +935,25 @@ def print_late_fusion(results):
         "the paper's: the most accurate": (paper_weights, results["paper_fusion"]),
     }
     if len(weights) > 1:
-        table = {}
+        lines = []
         for choice, (weight_of, means) in choices.items():
-            table[choice] = [f"{weight:.2f}" for weight in weight_of.values()]
-            table[choice].append(percent_or_empty(means, "mean_auc"))
-            table[choice].append(percent_or_empty(means, "mean_accuracy"))
-        print_table("weights from validation; test (%)", [*weights, "AUC", "accuracy"], table)
-    table = {}
+            cells = [f"{weight:.2f}" for weight in weight_of.values()]
+            lines.append((choice, cells + cells_of(means, ["mean_auc", "mean_accuracy"])))
+        print_table("weights from validation; test (%)", [*weights, "AUC", "accuracy"], lines)
+    lines = []
     for when, errors in results["calibration"].items():
-        table[f"{when} the temperature"] = [f"{errors['nll']:.3f}", percent(errors["ece"])]
+        lines.append((f"{when} the temperature", [f"{errors['nll']:.3f}", percent(errors["ece"])]))
     title = f"temperature {late_fusion['temperature']:.2f}"
-    print_table(title, ["negative log-likelihood", "calibration error (%)"], table)
+    print_table(title, ["negative log-likelihood", "calibration error (%)"], lines)
 
 
 def print_tables(results):
     """Tables 1, 2 and 4 of the paper for the test split, and more. results: of make_results."""
     if results["overlaps"]:
-        table = {}
+        lines = []
         for name, (mean, low, high) in results["overlaps"].items():
-            table[MEANS[name]] = [percent(mean), percent(low), percent(high)]
-        print_table("overlap of the masks (%)", ["mean", "95% from", "95% to"], table)
+            lines.append((MEANS[name], [percent(mean), percent(low), percent(high)]))
+        print_table("overlap of the masks (%)", ["mean", "95% from", "95% to"], lines)
     if not results["test"]:
         return
     print_metric("Table 1: AUC (%)", "auc", results)
@@ -941,9 +970,9 @@ def print_runs(runs, all_means):
     all_means: of each run results["means"].
     """
     names = [name for name in MEANS if any(name in means for means in all_means)]
-    table = {}
+    lines = []
     for run, means in zip(runs, all_means):
-        table[run] = [percent_or_empty(means, name) for name in names]
+        lines.append((run, cells_of(means, names)))
     cells = []
     for name in names:
         values = [means[name] for means in all_means if name in means]
@@ -951,8 +980,8 @@ def print_runs(runs, all_means):
         if len(values) > 1:  # a single run has no deviation
             cell += f" ± {percent(np.std(values, ddof=1))}"
         cells.append(cell)
-    table["mean ± standard deviation"] = cells
-    print_table("the answers (%)", [MEANS[name] for name in names], table)
+    lines.append(("mean ± standard deviation", cells))
+    print_table("the answers (%)", [MEANS[name] for name in names], lines)
 
 
 def print_against(evaluations, others):
@@ -968,7 +997,7 @@ def print_against(evaluations, others):
     M, other_M = len(evaluations), len(others)
     labels = p.labels[p.split == "test"]
     differences = compare_groups(answers[:M], answers[M:], labels, p.tasks)
-    table = {}
+    lines = []
     for name, difference in means_of(differences).items():
         cells = [f"{100 * difference.value:+.1f}"]
         for low, high in (difference.over_lesions, difference.over_lesions_and_seeds):
@@ -979,16 +1008,17 @@ def print_against(evaluations, others):
             cells += [percent(difference.noise), "more seeds"]
         else:
             cells += [percent(difference.noise), f"{math.ceil(difference.lesions_needed):,}"]
-        table[MEANS[name]] = cells
+        lines.append((MEANS[name], cells))
     header = ["points", "95%, lesions", "95%, lesions and seeds"]
     header += ["noise of a run", "lesions needed"]
-    print_table(f"{M} RUN - {other_M} OTHER", header, table)
+    print_table(f"{M} RUN - {other_M} OTHER", header, lines)
     fewest = min(M, other_M)  # see compare_groups
     missing = 100 * (1 - math.sqrt((fewest - 1) / fewest))
     too_narrow = f"the seeds' part is {missing:.0f}% too narrow"
     print(f"lesions and seeds: with {fewest} in a group {too_narrow}")
     print("noise of a run: standard deviation over seeds; unknown if no group has two runs")
-    print("lesions needed: to see the difference every other time; more seeds: no number helps")
+    print("lesions needed: until chance over lesions hides the difference only every other time;")
+    print("more seeds: the noise of these few runs is so large that no number of lesions helps")
 
 
 # --------------------------------------------------------------------- MILK10k's live benchmark
@@ -1099,6 +1129,14 @@ def read_new(saved, path, cache):
     return replace(release, split=np.where(is_seen, "", "test"))
 
 
+def fingerprint_of_results(folder):
+    """Which release the results in a folder belong to; "" if they cannot be read."""
+    try:
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))["fingerprint"]
+    except (ValueError, KeyError):
+        return ""
+
+
 def folder_for_results(run, path, fingerprint):
     """RUN/NEW, or RUN/NEW-2, RUN/NEW-3, ... if another release of that name has results there."""
     path = Path(path).resolve()
@@ -1106,7 +1144,7 @@ def folder_for_results(run, path, fingerprint):
     folder = run / name
     number = 1
     while (folder / "results.json").exists():
-        if fingerprint in (folder / "results.json").read_text(encoding="utf-8"):
+        if fingerprint_of_results(folder) == fingerprint:
             break  # the same release again
         number += 1
         folder = run / f"{name}-{number}"
@@ -1125,7 +1163,7 @@ def evaluate_new(run, path, cache, device):
     release = read_new(saved, path, cache)
     p = predict_release(saved, release, device)
     folder = folder_for_results(run, path, release.fingerprint)
-    evaluation = evaluate_predictions(folder, p, late_fusion)
+    evaluation = evaluate_and_write(folder, p, late_fusion)
     num_labelled = evaluation.results["lesions"]
     tested = f"{len(p.cases)} of {len(release.cases)} lesions tested, {num_labelled} labelled"
     print(f"{path}: {tested}; see {folder}")
@@ -1158,7 +1196,7 @@ def make_lesion_batch(network, saved, photos, about, device):
     for view in photos:
         batch[view].requires_grad_()
     if len(photos) < len(views):
-        (given,) = photos  # a third kind of photo would need a rule here
+        (given,) = photos  # a third photo needs another rule, here and in report_one_lesion
         for view in views:
             batch[view] = batch[given]
     return batch
@@ -1180,7 +1218,7 @@ def predict_one(network, batch, late_fusion):
 
 def certainty(probabilities):
     """log(probability) of the likeliest class, summed over the tasks: what the maps explain."""
-    return sum(task_probabilities.max().log() for task_probabilities in probabilities)
+    return sum(of_task.max(dim=1).values.log().sum() for of_task in probabilities)
 
 
 def saliency(probabilities, batch, views):
@@ -1274,7 +1312,7 @@ def likeliest(classes):
 def draw_text(canvas, x, y, text, size, width):
     """Writes as much of the text as fits into `width` pixels."""
     font = ImageFont.load_default(size)
-    while font.getlength(text) > width:
+    while font.getlength(text) > width and len(text) > 3:
         text = text[:-4] + "..."  # a letter less each time
     canvas.text((x, y), text, "black", font)
 
@@ -1295,14 +1333,15 @@ def draw_task(canvas, x, y, width, task, classes):
     return y + LINE + GAP
 
 
-def draw(path, panels, sentence, answer):
-    """Writes the picture: the panels under their titles, the answer as a sentence, and as bars.
+def draw(path, panels, sentence, prediction):
+    """Writes the picture: the panels under their titles, the prediction in words and as bars.
 
-    panels: of make_panels; answer: task -> {class: probability}, up to four tasks side by side.
+    panels: of make_panels. prediction: task -> {class: probability}; of its tasks up to four stand
+    side by side.
     """
     lines = textwrap.wrap(sentence, width=110)
     height = 2 * PANEL + LINE * len(lines)
-    for classes in answer.values():
+    for classes in prediction.values():
         height += LINE * (len(classes) + 2) + GAP  # enough: the picture is cut at its end
     picture = Image.new("RGB", (WIDTH, height), "white")
     canvas = ImageDraw.Draw(picture)
@@ -1314,33 +1353,54 @@ def draw(path, panels, sentence, answer):
         picture.paste(Image.fromarray(panel).resize((side, side)), (x, GAP + LINE))
     y = GAP + LINE + side + GAP
     for line in lines:
-        draw_text(canvas, GAP, y, line, 20, WIDTH)
+        draw_text(canvas, GAP, y, line, 20, WIDTH - 2 * GAP)
         y += LINE
 
     top = y + GAP  # of the tasks that stand side by side
     bottom = top
-    in_a_row = min(4, max(2, len(answer)))
+    in_a_row = min(4, max(2, len(prediction)))
     width = (WIDTH - GAP) // in_a_row - GAP
-    for n, (task, classes) in enumerate(answer.items()):
+    for n, (task, classes) in enumerate(prediction.items()):
         if n % in_a_row == 0:
             top = bottom
         x = GAP + n % in_a_row * (width + GAP)
         bottom = max(bottom, draw_task(canvas, x, top, width, task, classes))
-    draw_text(canvas, GAP, bottom, "For research: this is no medical device.", 16, WIDTH)
+    draw_text(canvas, GAP, bottom, "For research: this is no medical device.", 16, WIDTH - 2 * GAP)
     with data.atomic_write(path) as temporary:
         picture.crop((0, 0, WIDTH, bottom + LINE)).save(temporary, format="PNG")
 
 
-# ----------------------------------------------------------------------- one lesion: the answer
+# ----------------------------------------------------------------------- one lesion: the report
 
 
-def answer_one_lesion(run, photos, about, device):
-    """Prints a run's answer for one lesion, and draws it. Returns task -> {class: probability}.
+def explain(network, batch, probabilities, photos, temperature):
+    """What counts in each photo: view -> a map (h, w). Without classes there is none."""
+    if not probabilities:
+        return {}
+    if isinstance(network, model.CLNet):
+        (view,) = photos  # it reads one photo
+        return {view: activation_map(network, batch, temperature)}
+    return saliency(probabilities, batch, list(photos))
+
+
+def in_words(prediction):
+    """The likeliest class of each task: "DIAG NEV (81.0%), PN TYP (55.2%)"."""
+    parts = []
+    for task, classes in prediction.items():
+        best = likeliest(classes)
+        parts.append(f"{task} {best} ({percent(classes[best])}%)")
+    return ", ".join(parts)
+
+
+def report_one_lesion(run, photos, about, device):
+    """Prints what a run predicts for one lesion, and draws it in a picture.
 
     photos: view -> path; about the patient: column -> text, for MAT. Of a run that reads two photos
-    one will do: then only its branch answers. Its temperature is fitted on validation lesions whose
-    branches read both photos, so that its probabilities are less well calibrated (in the demo the
-    calibration error rises from 8.1 to 11.1%).
+    one will do: then only its branch predicts. Its temperature is fitted on validation lesions
+    whose branches read both photos, so that its probabilities are less well calibrated (in the demo
+    the calibration error rises from 8.1 to 11.1%).
+
+    Returns the prediction, task -> {class: probability}.
     """
     run = Path(run)
     saved = model.read_run_file(run / "model.pt")
@@ -1349,41 +1409,33 @@ def answer_one_lesion(run, photos, about, device):
     p = read_predictions(run)
     opening = "Most likely, with calibrated probabilities: "
     if len(photos) < len(views_read(network)):
-        (given,) = photos  # a network of two photos has a branch with the name of each
+        (given,) = photos  # the network has a branch of this name
         p = replace(p, branches={given: p.branches[given]})
         opening = f"Most likely by the {given} branch, with less reliable probabilities: "
-        print(f"only the {given} photo is given: the {given} branch answers alone, and because it")
+        print(f"only the {given} photo is given: the {given} branch predicts alone, and because it")
         print("was calibrated on lesions with both photos its probabilities are less reliable")
     late_fusion = fit_late_fusion(p)  # of the branches in p: one alone has its own temperature
 
     probabilities, mask_logits = predict_one(network, batch, late_fusion)
-    answer = {}
+    prediction = {}
     for (task, classes), values in zip(saved["tasks"].items(), probabilities):
-        answer[task] = dict(zip(classes, values[0].tolist()))
-    summary = []
-    for task, classes in answer.items():
-        best = likeliest(classes)
+        prediction[task] = dict(zip(classes, values[0].tolist()))
+    sentence = "This run finds the mask and no classes."
+    if prediction:
+        sentence = opening + in_words(prediction)
+    for task, classes in prediction.items():
         texts = [f"{name} {percent(probability)}%" for name, probability in classes.items()]
-        print(f"{task}: {best}   ({', '.join(texts)})")
-        summary.append(f"{task} {best} ({percent(classes[best])}%)")
-    sentence = opening + ", ".join(summary)
+        print(f"{task}: {likeliest(classes)}   ({', '.join(texts)})")
 
-    heats = {}  # view -> what counts in its photo
-    if not answer:
-        sentence = "This run finds the mask and no classes."
-    elif isinstance(network, model.CLNet):
-        (view,) = photos  # CLNet reads one
-        heats[view] = activation_map(network, batch, late_fusion.temperature)
-    else:
-        heats = saliency(probabilities, batch, list(photos))
-    stems = [Path(photo).stem for photo in photos.values()]
-    path = run / f"lesion-{'-'.join(stems)}.png"
+    heats = explain(network, batch, probabilities, photos, late_fusion.temperature)
     panels = make_panels(photos, heats, mask_logits)
+    names = "-".join(Path(photo).stem for photo in photos.values())
+    path = run / f"lesion-{names}.png"
     with warn_if_unwritable(path):
-        draw(path, panels, sentence, answer)
+        draw(path, panels, sentence, prediction)
         print(f"drawn in {path}")
     print("For research: this is no medical device.")
-    return answer
+    return prediction
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -1391,7 +1443,7 @@ def answer_one_lesion(run, photos, about, device):
 
 def parse(argv):
     """The flags; `photos` is view -> path, and `about` column -> text."""
-    parser = argparse.ArgumentParser(description="The tables of runs; the answer for one lesion.")
+    parser = argparse.ArgumentParser(description="The tables of runs; the report on one lesion.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     add("--against", nargs="+", default=[], metavar="OTHER", help="runs to compare the RUNs with")
@@ -1435,15 +1487,16 @@ def check_same_lesions(runs, evaluations):
 
 
 def main(argv=None):
-    """Prints what the flags ask for. Returns the first run's results; for one lesion its answer."""
+    """Does what the flags ask for. Returns the first run's results, or one lesion's prediction."""
     args = parse(argv)
     device = model.find_device(args.device)
     if args.photos:
-        return answer_one_lesion(args.runs[0], args.photos, args.about, device)
+        return report_one_lesion(args.runs[0], args.photos, args.about, device)
 
     runs = args.runs + args.against
     for group in (args.runs, args.against):
-        if len(set(group)) < len(group):
+        folders = set(map(os.path.realpath, group))
+        if len(folders) < len(group):
             raise RunError(f"a run is named twice: {', '.join(group)}")
     evaluations = []
     for run in runs:
@@ -1451,7 +1504,7 @@ def main(argv=None):
             evaluations.append(evaluate_new(run, args.data, args.cache, device))
         else:
             p = read_predictions(run)
-            evaluations.append(evaluate_predictions(Path(run), p, fit_late_fusion(p)))
+            evaluations.append(evaluate_and_write(Path(run), p, fit_late_fusion(p)))
     check_same_lesions(runs, evaluations)
 
     num_runs = len(args.runs)

@@ -633,6 +633,19 @@ def test_predicting_anew_gives_the_same(run, release):
     assert splits == ["valid"] * 10 + ["test"] * 14
 
 
+def test_another_release_does_not_overwrite_a_runs_own_predictions(run, release):
+    before = contents(run)
+    with pytest.raises(RunError, match="belongs to another release"):
+        evaluate.evaluate_run(run, replace(release, fingerprint="another"), CPU)
+    assert contents(run) == before
+
+
+def test_a_run_named_twice_is_refused(run):
+    for second in (str(run), f"{run}/"):  # it would count as two seeds without any noise
+        with pytest.raises(RunError, match="named twice"):
+            evaluate.main([str(run), second])
+
+
 def test_results_are_measured_on_each_branch(run):
     """From predictions.csv, which people read: equal weights, the answer, its calibration."""
     results = evaluate.main([str(run)])
@@ -702,18 +715,16 @@ def test_runs_that_measure_different_things_stand_side_by_side(capsys):
     assert "mean ± standard deviation 85.0 ± 7.1 65.0 ± 7.1".split() in lines
 
 
-def test_runs_with_other_test_lesions_are_not_compared(run, tmp_path):
+@pytest.mark.parametrize("between", [[], ["--against"]])
+@pytest.mark.parametrize("changed", ["split", "labels"])
+def test_runs_with_other_test_lesions_are_not_compared(changed, between, run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     p = evaluate.read_predictions(other)
-    changed_split = p.split.copy()
-    changed_split[0] = "test"
-    changed_labels = p.labels.copy()
-    changed_labels[-1, 0] = -1
-    for change in ({"split": changed_split}, {"labels": changed_labels}):
-        change_predictions(other, **{"split": p.split, "labels": p.labels, **change})
-        for arguments in ([str(run), str(other)], [str(run), "--against", str(other)]):
-            with pytest.raises(RunError, match="different test lesions"):
-                evaluate.main(arguments)
+    p.split[0] = "test"
+    p.labels[-1, 0] = -1
+    change_predictions(other, **{changed: getattr(p, changed)})
+    with pytest.raises(RunError, match="different test lesions"):
+        evaluate.main([str(run), *between, str(other)])
 
 
 def test_without_labels_there_is_nothing_to_compare(run, capsys):
@@ -783,11 +794,21 @@ def read_only(monkeypatch):
 def test_a_folder_that_may_only_be_read_still_has_tables(run, read_only, capsys):
     assert evaluate.main([str(run)])["test"]
     text = capsys.readouterr().out
-    assert f"WARNING: the results in {run} cannot be written" in text and "Table 1" in text
+    assert "Table 1" in text
+    for name in ("predictions.csv", "results.json"):
+        assert f"WARNING: {run / name} cannot be written" in text
+
+
+def test_predictions_that_cannot_be_written_do_not_cost_the_results(run):
+    (run / "results.json").unlink()
+    (run / "predictions.csv").unlink()
+    (run / "predictions.csv").mkdir()  # a folder cannot be replaced by a file
+    evaluate.main([str(run)])
+    assert (run / "results.json").is_file()
 
 
 def test_the_answer_is_there_without_its_picture(run, photos, read_only, capsys):
-    answer = evaluate.answer_one_lesion(run, photos, {}, CPU)
+    answer = evaluate.report_one_lesion(run, photos, {}, CPU)
     text = capsys.readouterr().out
     assert list(answer) == ["diagnosis", "veil"] and "veil: " in text
     assert "lesion-clinic0030-derm0030.png cannot be written" in text and "drawn in" not in text
@@ -820,8 +841,24 @@ def test_a_flipped_byte_is_damage(run):
         evaluate.main([str(run)])
 
 
+def test_a_task_may_be_called_mean(capsys):
+    """The last lines of a table have this name too."""
+    labels, branches = make_lesions()
+    tasks = {"mean": TASKS["DIAG"], "95% from": TASKS["PN"]}
+    p = make_predictions(labels, branches, tasks)
+    late_fusion = evaluate.fit_late_fusion(p)
+    results = evaluate.make_results(p, late_fusion, evaluate.fuse_all(p, late_fusion))
+    evaluate.print_metric("Table 2", "accuracy", results)
+    names = [line[:9].strip() for line in capsys.readouterr().out.splitlines()]
+    assert names == ["", "Table 2", "mean", "95% from", "mean", "95% from", "95% to"]
+
+
 def test_tables_fit_100_columns_and_say_every_name(capsys):
-    rows = {"short": ["1.0", "2.0"], "long " * 25: ["3.0", "4.0"], "middle " * 13: ["5.0", ""]}
+    rows = [
+        ("short", ["1.0", "2.0"]),
+        ("long " * 25, ["3.0", "4.0"]),
+        ("middle " * 13, ["5.0", ""]),
+    ]
     evaluate.print_table("a title", ["first", "second (answer)"], rows)
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 100 for line in lines)
@@ -908,6 +945,13 @@ def test_a_folder_named_like_a_file_keeps_its_name(tmp_path):
     assert folder == tmp_path / "run" / "release.v2"
     folder = evaluate.folder_for_results(tmp_path / "run", tmp_path / "pairs.csv", "data 1")
     assert folder == tmp_path / "run" / "pairs"
+
+
+def test_results_that_cannot_be_read_are_kept_as_another_releases(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "results.json").write_text("{damaged")
+    folder = evaluate.folder_for_results(tmp_path, "new.csv", "data 1")
+    assert folder == tmp_path / "new-2"
 
 
 @pytest.mark.parametrize("has_it", [True, False])
@@ -1202,7 +1246,7 @@ def test_one_lesion_is_answered_as_in_predictions_csv(run, release, photos, caps
 @pytest.mark.parametrize("view", data.VIEWS)
 def test_one_of_two_photos_is_answered_by_its_branch(view, run, photos, capsys):
     """At the temperature of this branch alone; the photo stands in for the other one as well."""
-    answer = evaluate.answer_one_lesion(run, {view: photos[view]}, {}, CPU)
+    answer = evaluate.report_one_lesion(run, {view: photos[view]}, {}, CPU)
     text = capsys.readouterr().out
     assert f"only the {view} photo is given" in text and "less reliable" in text
     saved, network = load(run)
@@ -1244,9 +1288,9 @@ def test_a_photo_of_no_use_is_refused(run, photos, capsys):
     change_predictions(run, branches=constant(p, ["dermoscopy"]))
     for given in (photos, {"clinical": photos["clinical"]}):
         with pytest.raises(RunError, match="dermoscopy photos alone: omit --clinical"):
-            evaluate.answer_one_lesion(run, given, {}, CPU)
+            evaluate.report_one_lesion(run, given, {}, CPU)
     dermoscopy = {"dermoscopy": photos["dermoscopy"]}
-    evaluate.answer_one_lesion(run, dermoscopy, {"sex": "female"}, CPU)
+    evaluate.report_one_lesion(run, dermoscopy, {"sex": "female"}, CPU)
     assert "no words about the patient" in capsys.readouterr().out
 
 
@@ -1279,7 +1323,7 @@ def test_words_change_mats_answer(run, spc_folder, release, capsys):
     evaluate.evaluate_run(run, release, CPU)
     photo = {"dermoscopy": spc_folder / "images" / "derm0030.jpg"}
     about = {"sex": "female", "age": "45", "colour": "red"}
-    answers = [evaluate.answer_one_lesion(run, photo, words, CPU) for words in ({}, about)]
+    answers = [evaluate.report_one_lesion(run, photo, words, CPU) for words in ({}, about)]
     assert answers[0] != answers[1]
     assert "colour red" in capsys.readouterr().out
 
@@ -1297,7 +1341,7 @@ def test_long_names_do_not_break_the_picture(run, photos):
     p = evaluate.read_predictions(run)
     change_model(run, tasks)
     change_predictions(run, tasks=tasks, branches=constant(p, BRANCHES))
-    answer = evaluate.answer_one_lesion(run, photos, {}, CPU)
+    answer = evaluate.report_one_lesion(run, photos, {}, CPU)
     assert len(answer["v" * 200]) == 2
 
 
