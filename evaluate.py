@@ -37,7 +37,7 @@ import os
 import textwrap
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,10 @@ TEMPERATURES = np.geomspace(0.1, 10, 101)  # to choose from, in steps of 4.7%; n
 
 @dataclass
 class Predictions:
-    """What a network says of N lesions, and what is known of them."""
+    """What a network says of N lesions, and what is known of them.
+
+    Whoever adds a field that is a dict names it in read_predictions too.
+    """
 
     tasks: dict  # task -> its class names
     cases: np.ndarray  # (N,) names of the lesions
@@ -194,8 +197,8 @@ def search_weights(branches, labels, tasks):
     accurate by no more than chance. So the answer takes, of all that are within one standard error
     of the best, the most even ones (not in the paper: averages of several branches vary less). On
     test lesions the AUC rose by 0.2 points in the demo and by 0.1 on MILK10k. The accuracy may
-    fall, because this rule is generous: two accuracies on the same lesions differ by less than one
-    standard error of each.
+    fall, because this rule is generous: the difference of two accuracies on the same lesions is
+    known more precisely than each of them.
 
     Returns two choices, branch -> weight: the answer's and the paper's. Without any known label
     both are equal weights.
@@ -217,7 +220,7 @@ def search_weights(branches, labels, tasks):
     fused = fuse(branches, to_weights(branches, best), tasks)
     lowest = highest - standard_error(fused, labels, tasks)
     near = [steps for steps in accuracies if accuracies[steps] >= lowest]
-    chosen = min(near, key=unevenness)  # of equally even ones the first, in both searches
+    chosen = min(near, key=unevenness)  # of equally even ones the first, as for `best`
     return to_weights(branches, chosen), to_weights(branches, best)
 
 
@@ -241,7 +244,7 @@ def fit_temperature(probabilities, labels, tasks):
 class LateFusion:
     """How the branches become one answer: chosen on the validation split alone."""
 
-    answer_name: str  # the predictor that the tables call the answer: "weighted" or the only branch
+    answer_name: str  # what the tables call the answer, "weighted" or the only branch: a name only
     weights: dict  # branch -> its weight in the answer
     temperature: float  # of calibrated
     paper_weights: dict  # branch -> its weight by the paper's choice, for a line of the tables
@@ -377,10 +380,11 @@ def resample_lesions(labels):
     By hand: of three lesions the first twice, the second never: 2, 0, 1.
 
     With a single task, labels (N, 1), each class is drawn by itself, so that no resample lacks one;
-    lesions of unknown class, -1, are then drawn by themselves as well. With several tasks a lesion
-    has several classes, so all lesions are drawn together. (A class with one or two
-    lesions then hardly varies: its part of the interval is too narrow.) The draws depend on the
-    labels alone, so all runs with the same test lesions get the same.
+    lesions of unknown class, -1, are then drawn by themselves as well. (A class with one or two
+    lesions hardly varies in this way: its part of the interval is too narrow.) With several tasks a
+    lesion has several classes, and all lesions are drawn together.
+
+    The draws depend on the labels alone, so all runs with the same test lesions get the same.
     """
     rng = np.random.default_rng(0)
     strata = np.zeros(len(labels))
@@ -419,12 +423,17 @@ def resampled_auc(scores, is_class, counts):
     the higher score; a tie counts half. A pair counts as often as one is drawn times the other.
     By hand: of the class 0.9 and 0.4, another 0.6: one of two pairs is won, so 1/2. Drawn 2, 1 and
     1 times: (2*1 + 0) / (2*1 + 1*1) = 2/3.
+
+    Sorted by score, a lesion wins against all others before it, so no pair is looked at.
     """
-    margins = scores[is_class][:, None] - scores[~is_class]  # (lesions of the class, others)
-    wins = np.heaviside(margins, 0.5)  # 1 above 0, 0.5 at 0, 0 below
-    of_class = counts[:, is_class]
-    others = counts[:, ~is_class]
-    pairs_won = np.sum((of_class @ wins) * others, axis=1)
+    order = np.argsort(scores)
+    _, starts = np.unique(
+        scores[order], return_index=True
+    )  # where each of U different scores starts
+    of_class = np.add.reduceat((counts * is_class)[:, order], starts, axis=1)  # (R, U) drawn
+    others = np.add.reduceat((counts * ~is_class)[:, order], starts, axis=1)  # (R, U) drawn
+    others_below = np.cumsum(others, axis=1) - others
+    pairs_won = np.sum(of_class * (others_below + others / 2), axis=1)
     pairs = of_class.sum(axis=1) * others.sum(axis=1)
     return np.ma.divide(pairs_won, pairs)
 
@@ -591,10 +600,7 @@ def read_predictions(run):
     advice = f"python train.py --resume {run} finishes a run, or predicts anew if it is finished"
     if not path.exists():
         raise RunError(f"{path} does not exist. {advice}")
-    values = {}
-    for field in fields(Predictions):
-        if field.type is dict:
-            values[field.name] = {}
+    values = {"tasks": {}, "metadata": {}, "branches": {}, "overlaps": {}}  # the fields with "/"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -608,7 +614,7 @@ def read_predictions(run):
         tasks = {task: tuple(classes.tolist()) for task, classes in p.tasks.items()}
         return replace(p, tasks=tasks, fingerprint=str(p.fingerprint))  # these are no arrays
     except Exception as error:  # numpy and zipfile raise half a dozen types for a damaged file
-        raise RunError(f"{path} is damaged ({error}). {advice}") from error
+        raise RunError(f"{path} is damaged or of another version ({error}). {advice}") from error
 
 
 def write_csv(path, header, lines):
@@ -814,18 +820,26 @@ def predict_release(saved, release, device):
     rows = torch.cat((release.rows("valid"), release.rows("test")))
     branches, overlaps = predict(network, release, rows, device, amp)
     rows = rows.numpy()
-    cases = np.array(release.cases)[rows]
-    split = release.split[rows]
-    labels = release.labels.cpu().numpy()[rows]
     metadata = {}
     for column, texts in release.metadata.items():
         metadata[column] = np.array(texts)[rows]
-    tasks, fingerprint = release.tasks, release.fingerprint
-    return Predictions(tasks, cases, split, labels, metadata, branches, overlaps, fingerprint)
+    return Predictions(
+        tasks=release.tasks,
+        cases=np.array(release.cases)[rows],
+        split=release.split[rows],
+        labels=release.labels.cpu().numpy()[rows],
+        metadata=metadata,
+        branches=branches,
+        overlaps=overlaps,
+        fingerprint=release.fingerprint,
+    )
 
 
 def evaluate_run(run, release=None, device=None):
-    """The results of a run: from its predictions.npz or, given its own release, predicted anew."""
+    """The results of a run: from its predictions.npz or, given its own release, predicted anew.
+
+    train.py calls this at the end of a run.
+    """
     run = Path(run)
     if release is None:
         p = read_predictions(run)
@@ -876,7 +890,10 @@ def heading(predictor, results):
 
 
 def print_metric(title, metric, results):
-    """A table of the paper, turned: a line a task or finding, a column a predictor."""
+    """A table of the paper, turned: a line a task or finding, a column a predictor.
+
+    metric: "auc", "accuracy" or "macro_f1", which have intervals.
+    """
     test = results["test"]
     if metric not in test[results["answer"]]:  # there is no class to tell from others
         return
@@ -964,39 +981,68 @@ def print_tables(results):
     print_late_fusion(results)
 
 
-def print_runs(runs, all_means):
-    """The answer's means of each run, a line a run, then of all runs mean and standard deviation.
+def values_of(name, all_measured):
+    """The values of a metric in those runs that have it."""
+    return [measured[name] for measured in all_measured if name in measured]
 
-    all_means: of each run results["means"].
+
+def mean_and_deviation(values):
+    """ "84.7 ± 1.2" of several values, "84.7" of one, "" of none."""
+    if not values:
+        return ""
+    cell = percent(np.mean(values))
+    if len(values) > 1:
+        cell += f" ± {percent(np.std(values, ddof=1))}"
+    return cell
+
+
+def print_runs(runs, all_results):
+    """The answer's means, a line a run; then mean ± standard deviation over the runs.
+
+    The second table has a line for the answer and one for each predictor that all runs have.
     """
-    names = [name for name in MEANS if any(name in means for means in all_means)]
+    measured_of = defaultdict(list)  # predictor -> for each run what was measured
+    for results in all_results:
+        measured_of["answer"].append(results["means"])
+        for predictor, measured in results["test"].items():
+            measured_of[predictor].append(measured)
+    names = [name for name in MEANS if values_of(name, measured_of["answer"])]
+    header = [MEANS[name] for name in names]
     lines = []
-    for run, means in zip(runs, all_means):
-        lines.append((run, cells_of(means, names)))
-    cells = []
-    for name in names:
-        values = [means[name] for means in all_means if name in means]
-        cell = percent(np.mean(values))
-        if len(values) > 1:  # a single run has no deviation
-            cell += f" ± {percent(np.std(values, ddof=1))}"
-        cells.append(cell)
-    lines.append(("mean ± standard deviation", cells))
-    print_table("the answers (%)", [MEANS[name] for name in names], lines)
+    for run, results in zip(runs, all_results):
+        lines.append((run, cells_of(results["means"], names)))
+    print_table("the answer (%)", header, lines)
+    lines = []
+    for predictor, all_measured in measured_of.items():
+        if len(all_measured) == len(runs):
+            cells = []
+            for name in names:
+                cells.append(mean_and_deviation(values_of(name, all_measured)))
+            lines.append((predictor, cells))
+    print_table("mean ± standard deviation (%)", header, lines)
 
 
-def print_against(evaluations, others):
-    """The differences between two groups of runs, of each run its Evaluation."""
-    p = evaluations[0].predictions
+def test_answers(evaluations):
+    """The answers' probabilities for the test lesions, (N, K) for each run."""
     answers = []
-    for evaluation in evaluations + others:
+    for evaluation in evaluations:
         results = evaluation.results
         if not results["test"]:
             raise RunError("--against compares classes: a run predicts none, or none is labelled")
         is_test = evaluation.predictions.split == "test"
         answers.append(evaluation.predictors[results["answer"]][is_test])
-    M, other_M = len(evaluations), len(others)
+    return answers
+
+
+def print_against(evaluations, others):
+    """The differences between two groups of runs, of each run its Evaluation."""
+    answers = test_answers(evaluations)
+    other_answers = test_answers(others)
+    M = len(answers)
+    other_M = len(other_answers)
+    p = evaluations[0].predictions  # the test lesions of all are the same
     labels = p.labels[p.split == "test"]
-    differences = compare_groups(answers[:M], answers[M:], labels, p.tasks)
+    differences = compare_groups(answers, other_answers, labels, p.tasks)
     lines = []
     for name, difference in means_of(differences).items():
         cells = [f"{100 * difference.value:+.1f}"]
@@ -1026,6 +1072,7 @@ def print_against(evaluations, others):
 MILK10K = ("AKIEC", "BCC", "BEN_OTH", "BKL", "DF", "INF", "MAL_OTH", "MEL", "NV", "SCCKA", "VASC")
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LEAST_TO_WIN = 0.500001  # the scorer counts a class as predicted from above 0.5 on
+DECIMALS = "%.6f"  # as many as LEAST_TO_WIN needs
 
 
 def adjust_logits(probabilities, class_counts, tau):
@@ -1048,12 +1095,13 @@ def choose_tau(probabilities, labels, tasks, class_counts):
 
     Returns it, its macro F1, and the macro F1 without adjustment.
     """
+    unadjusted = measure(probabilities, labels, tasks)
     macro_f1 = []
     for tau in TAUS:
         adjusted = adjust_logits(probabilities, class_counts, tau)
         macro_f1.append(measure(adjusted, labels, tasks)["mean_macro_f1"])
     best = int(np.argmax(macro_f1))
-    return TAUS[best], macro_f1[best], macro_f1[0]
+    return TAUS[best], macro_f1[best], unadjusted["mean_macro_f1"]
 
 
 def let_likeliest_win(probabilities):
@@ -1094,7 +1142,7 @@ def write_submission(folder, blind_test, own, late_fusion, class_counts):
     adjusted = adjust_logits(blind_test.predictors["calibrated"], task_counts, tau)
     submitted = let_likeliest_win(adjusted)
     cases = blind_test.predictions.cases
-    lines = np.column_stack([cases, np.char.mod("%.6f", submitted)])
+    lines = np.column_stack([cases, np.char.mod(DECIMALS, submitted)])
     path = folder / "submission.csv"
     with warn_if_unwritable(path):
         write_csv(path, ["lesion_id", *MILK10K], lines.tolist())
@@ -1133,7 +1181,7 @@ def fingerprint_of_results(folder):
     """Which release the results in a folder belong to; "" if they cannot be read."""
     try:
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))["fingerprint"]
-    except (ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return ""
 
 
@@ -1508,13 +1556,13 @@ def main(argv=None):
     check_same_lesions(runs, evaluations)
 
     num_runs = len(args.runs)
-    all_means = [evaluation.results["means"] for evaluation in evaluations[:num_runs]]
-    if not any(all_means):
+    all_results = [evaluation.results for evaluation in evaluations[:num_runs]]
+    if not any(results["means"] for results in all_results):
         print("no tables: no test lesion has a label")
     elif num_runs == 1:
-        print_tables(evaluations[0].results)
+        print_tables(all_results[0])
     else:
-        print_runs(args.runs, all_means)
+        print_runs(args.runs, all_results)
     if args.against:
         print_against(evaluations[:num_runs], evaluations[num_runs:])
     return evaluations[0].results

@@ -707,12 +707,28 @@ def test_mean_deviation_and_difference_of_runs(run, tmp_path, capsys):
 
 def test_runs_that_measure_different_things_stand_side_by_side(capsys):
     """CLNet's halves: one has classes, the other masks, the whole both."""
-    means = [{"mean_auc": 0.8}, {"jaccard": 0.7}, {"mean_auc": 0.9, "jaccard": 0.6}]
-    evaluate.print_runs(["class", "mask", "both"], means)
+    all_results = [
+        {"means": {"mean_auc": 0.8}, "test": {"class": {"mean_auc": 0.8}}},
+        {"means": {"jaccard": 0.7}, "test": {}},
+        {"means": {"mean_auc": 0.9, "jaccard": 0.6}, "test": {"class": {"mean_auc": 0.9}}},
+    ]
+    evaluate.print_runs(["class alone", "mask alone", "both"], all_results)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["class", "80.0"] in lines and ["mask", "70.0"] in lines
+    assert ["class", "alone", "80.0"] in lines and ["mask", "alone", "70.0"] in lines
     assert ["both", "90.0", "60.0"] in lines
-    assert "mean ± standard deviation 85.0 ± 7.1 65.0 ± 7.1".split() in lines
+    assert "answer 85.0 ± 7.1 65.0 ± 7.1".split() in lines
+    assert ["class", "85.0", "±", "7.1"] not in lines  # not all runs have it
+
+
+def test_every_branch_is_averaged_over_the_runs(capsys):
+    all_results = []
+    for auc in (0.6, 0.7, 0.8):
+        test = {"clinical": {"mean_auc": auc - 0.1}, "weighted": {"mean_auc": auc}}
+        all_results.append({"means": test["weighted"], "test": test})
+    evaluate.print_runs(["1", "2", "3"], all_results)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["clinical", "60.0", "±", "10.0"] in lines
+    assert ["weighted", "70.0", "±", "10.0"] in lines
 
 
 @pytest.mark.parametrize("between", [[], ["--against"]])
