@@ -12,12 +12,13 @@ fusion makes further predictors of them:
     predictor       its probabilities                                    used for
     each branch     softmax(its logits)                                  tables
     "equal"         softmax(mean of the branches' logits)                tables
-    "weighted"      softmax(weighted mean of the branches' logits)       tables: this is the answer
+    "weighted"      softmax(weighted mean of the branches' logits)       tables: it is the answer
     "calibrated"    softmax(that weighted mean / temperature)            one lesion, submissions
 
-The validation split chooses the weights and the temperature. The tables never show calibrated, as
-the paper has no temperature: its likeliest classes are those of weighted, its probabilities are
-more honest. A network with a single branch has nothing to fuse: in the tables it is the answer.
+The validation split chooses the weights and the temperature. The likeliest classes of calibrated
+are those of weighted, and its probabilities are more honest. The paper has no temperature, so no
+AUC or accuracy of calibrated is shown. A network with a single branch has nothing to fuse: in its
+tables this branch is the answer.
 
 The method comes first, up to "The method ends here": predicting, late fusion, the metrics of the
 paper's tables. Each section after it can be skipped: statistics, a run's files, results, tables,
@@ -206,11 +207,12 @@ def search_weights(branches, labels, tasks):
     if not (labels >= 0).any():
         equal = dict.fromkeys(branches, 1 / len(branches))
         return equal, equal
+    logits = {branch: to_logits(branches[branch], tasks) for branch in branches}  # see `fuse`
     accuracies = {}  # steps -> mean accuracy; three branches have 231 choices
     for steps in itertools.product(range(STEPS + 1), repeat=len(branches)):
         if sum(steps) == STEPS:
-            fused = fuse(branches, to_weights(branches, steps), tasks)
-            correct = is_correct(fused, labels, tasks)
+            fused = softmax_of_mean(logits, to_weights(branches, steps), temperature=1.0)
+            correct = is_correct(torch.cat(fused, dim=1).numpy(), labels, tasks)
             accuracy = correct.mean(axis=0).mean()  # over lesions, then over tasks
             accuracies[steps] = round(float(accuracy), 9)  # so that ties are ties
     highest = max(accuracies.values())
@@ -220,7 +222,9 @@ def search_weights(branches, labels, tasks):
     fused = fuse(branches, to_weights(branches, best), tasks)
     lowest = highest - standard_error(fused, labels, tasks)
     near = [steps for steps in accuracies if accuracies[steps] >= lowest]
-    chosen = min(near, key=unevenness)  # of equally even ones the first, as for `best`
+    # Of equally even choices the first counts, as for `best`: of three branches equal within the
+    # error the first gets 6/20 and the others 7/20.
+    chosen = min(near, key=unevenness)
     return to_weights(branches, chosen), to_weights(branches, best)
 
 
@@ -612,7 +616,7 @@ def read_predictions(run):
                 values[field_name] = array
         p = Predictions(**values)
         tasks = {task: tuple(classes.tolist()) for task, classes in p.tasks.items()}
-        return replace(p, tasks=tasks, fingerprint=str(p.fingerprint))  # these are no arrays
+        return replace(p, tasks=tasks, fingerprint=str(p.fingerprint))  # texts again
     except Exception as error:  # numpy and zipfile raise half a dozen types for a damaged file
         raise RunError(f"{path} is damaged or of another version ({error}). {advice}") from error
 
@@ -709,8 +713,7 @@ def subgroups_of(metadata, n):
     for column, texts in metadata.items():
         fact = data.PATIENT_FACTS.get(column, column)
         not_given = f"{fact} not given"
-        is_known = names.get(fact, not_given) != not_given  # from an earlier column
-        if not is_known:
+        if names.get(fact, not_given) == not_given:  # no earlier column says more
             is_filled = texts[n] != ""
             names[fact] = data.patient_word(column, texts[n]) if is_filled else not_given
     return names
@@ -1181,7 +1184,7 @@ def fingerprint_of_results(folder):
     """Which release the results in a folder belong to; "" if they cannot be read."""
     try:
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return ""
 
 
@@ -1330,7 +1333,8 @@ TURQUOISE = (0, 190, 200)  # no colour of skin
 def overlay(photo, heat):
     """The photo (S, S, 3) uint8 with a map (h, w) over it, turquoise where it is high."""
     heat = heat / max(heat.max(), 1e-30)
-    heat = Image.fromarray(heat.astype(np.float32)).resize(photo.shape[:2], Image.BILINEAR)
+    height, width, _ = photo.shape
+    heat = Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.BILINEAR)
     strength = 0.8 * np.asarray(heat)[:, :, None]  # (S, S, 1)
     return (photo * (1 - strength) + np.array(TURQUOISE) * strength).astype(np.uint8)
 
@@ -1530,7 +1534,8 @@ def check_same_lesions(runs, evaluations):
         is_test = p.split == "test"
         same_cases = np.array_equal(p.cases[is_test], first.cases[first_is_test])
         same_labels = np.array_equal(p.labels[is_test], first.labels[first_is_test])
-        if p.tasks != first.tasks or not same_cases or not same_labels:
+        same_tasks = list(p.tasks.items()) == list(first.tasks.items())  # in the same order too
+        if not (same_tasks and same_cases and same_labels):
             raise RunError(f"{runs[0]} and {run} have different test lesions: look at each alone")
 
 
