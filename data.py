@@ -2,17 +2,22 @@
 
     device = torch.device("cuda")
     generator = torch.Generator()                 # draws the augmentation; it is on the CPU
-    release = read("release_v0", size=224)        # what kind of release it is, its contents tell
+    release = read("release_v0", size=224)        # the kind of release is told by its files
     rows = release.rows("train")                  # (413,) the numbers of the training lesions
     batch = make_batch(release, rows[:24], device, generator)
     batch["clinical"], batch["dermoscopy"]        # (24, 3, 224, 224) each, augmented, normalised
     batch["labels"]                               # (24, 8) one class number for each task
 
-A release is a folder with photos and a table, as people download it. A lesion is a spot on the
-skin; it has a clinical and a dermoscopy photo, each resized to a square of S x S pixels without
-cropping (paper, Sec. 4.1). A task is a question with a few classes: the diagnosis, the pigment
-network, ... Two of PEMM's relatives need more: CLNet a mask, which is a further picture, white
-inside the lesion and black elsewhere, and MAT some words about the patient. Skip these at first.
+The words of this file:
+    release   pictures and tables, as people download them
+    spot      a place on somebody's skin that was photographed
+    photo     a clinical photo of a spot, or a dermoscopy photo, which was taken through a magnifier
+    mask      an image that is white inside a spot and black elsewhere; only CLNet needs it
+    picture   a photo or a mask
+    view      what a picture is: "clinical", "dermoscopy" or "mask"
+    lesion    one picture of each view, all of one spot, and what the tables say about them
+    task      a question with a few classes: the diagnosis, the pigment network, ...
+    word      a fact about the patient, like "sex male"; only MAT needs words
 
 The first part is what the method needs: Release, normalise, augment, make_batch. It ends at
 "Releases on disk". The second part is much longer: it finds out what is on disk. Skip it; come back
@@ -27,7 +32,6 @@ import glob
 import hashlib
 import io
 import os
-import re
 import shutil
 import sys
 import time
@@ -48,7 +52,7 @@ from PIL import Image, ImageFilter, ImageOps
 from sklearn.model_selection import StratifiedGroupKFold
 
 SPLITS = ("train", "valid", "test")
-VIEWS = ("clinical", "dermoscopy")
+VIEWS = ("clinical", "dermoscopy")  # the views of photos; "mask" is the only other view
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green, blue: what the pretrained encoders expect
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -59,14 +63,15 @@ class DataError(ValueError):
 
 @dataclass
 class Release:
-    """N lesions, each with V pictures of S x S pixels and a label for each of T tasks.
+    """N lesions, each with V pictures and a label for each of T tasks.
 
-    In a release without pairs of photos, like HAM10000, each photo counts as a lesion. A lesion's
-    number, 0 to N - 1, is its row in the tensors and its place in the lists.
+    Pictures are resized to squares of S x S pixels without cropping (paper, Sec. 4.1).
+    Where photos come one by one, like in HAM10000, each makes a lesion, and several may be of one
+    spot. A lesion's number, 0 to N - 1, is its row in the tensors and its place in the lists.
     """
 
     pixels: torch.Tensor  # (N, V, S, S, 3) uint8 RGB, memory-mapped: read from disk when indexed
-    views: tuple  # what the V pictures are: ("clinical", "dermoscopy")
+    views: tuple  # of the V pictures: ("clinical", "dermoscopy")
     labels: torch.Tensor  # (N, T) int64: the number of a class among those of its task; -1 unknown
     tasks: dict  # task -> names of its classes: {"DIAG": ("BCC", "NEV", "MEL", "MISC", "SK"), ...}
     split: np.ndarray  # (N,) "train", "valid" or "test"; "" in none of them
@@ -75,12 +80,13 @@ class Release:
     words: torch.Tensor  # (N, m) int64: the numbers of the words about the patient
     vocabulary: list  # a word's number -> the word
     kind: str  # spc (derm7pt), synthetic, milk10k, isic, isic17, challenge, ham, pairs or one
-    cases: list  # N names, all different
-    lesion_ids: list  # N names, the same for all photos of one lesion; "" unknown
+    cases: list  # N names of the lesions, all different
+    lesion_ids: list  # N names of the spots, as the tables call them; "" unknown
     patients: list  # N names; "" unknown
+    invented_cases: set = field(default_factory=set)  # cases made of the pictures' names
     metadata: dict = field(default_factory=dict)  # "age", "sex", ... -> N texts, for subgroups
-    photo_hashes: np.ndarray = None  # (N, V without the mask) texts; identical photos share one
-    fingerprint: str = ""  # a hash of all that results depend on, except for split and masks
+    photo_hashes: np.ndarray = None  # (N, photos) texts, by which photos are recognised
+    fingerprint: str = ""  # by which the release is recognised
     published: bool = False  # whether this is derm7pt with its published labels and split
     notes: list = field(default_factory=list)  # sentences for the user
 
@@ -110,9 +116,15 @@ def augment(pixels, views, generator):
     """The paper's augmentation (Sec. 4.1): flips, rotation, shift, brightness and contrast.
 
     pixels (B, V, S, S, 3) uint8 -> (B, V, 3, S, S) float32 of 0 to 255, on the same device. All
-    pictures of a lesion move alike; brightness and contrast are drawn for each photo. The paper
-    gives no ranges and probabilities: these are those of the authors' earlier code, FusionM4Net,
-    which also zooms. All random numbers come from `generator`, which is on the CPU.
+    random numbers come from `generator`, which is on the CPU. Each step has probability 1/2:
+        flip along x: left and right change places
+        flip along y: top and bottom change places
+        rotation by 0, 90, 180 or 270 degrees
+        rotation by up to 45 degrees, zoom by 0.5 to 1.5, and before them shift by up to 1/16 of
+        the side
+        contrast by 0.8 to 1.2, and brightness up or down by up to 0.2 of the range
+    The pictures of a lesion move alike, but the last step is drawn for each photo. The paper gives
+    no ranges: these are those of the authors' earlier code, FusionM4Net, which also zooms.
     """
     B, V, S = pixels.shape[:3]
 
@@ -122,18 +134,20 @@ def augment(pixels, views, generator):
     def uniform(low, high, *shape):
         return torch.empty(shape).uniform_(low, high, generator=generator)
 
-    # A step is left out where its coin is 0. A picture reaches from -1 to 1 along x and y.
-    flip = 1 - 2.0 * coin(B, 2)  # -1 mirrors x or y
-    is_turned = coin(B)
-    quarter_turns = is_turned * uniform(0, 4, B).floor()  # if turned, then 0, 1, 2 or 3 of them
-    is_moved = coin(B)  # one coin for rotation, zoom and shift
-    angle = quarter_turns * torch.pi / 2 + is_moved * uniform(-torch.pi / 4, torch.pi / 4, B)
+    # A picture reaches from -1 to 1 along x and y. Its side is 2 long, and 1/16 of that is 1/8.
+    flip = 1 - 2.0 * coin(B, 2)  # for x and y: -1 mirrors, 1 does not
+    quarter_turns = coin(B) * uniform(0, 4, B).floor()  # 0, 1, 2 or 3 of them
+    angle = quarter_turns * torch.pi / 2
+    is_moved = coin(B)  # for the rotation, zoom and shift that belong together
+    angle = angle + is_moved * uniform(-torch.pi / 4, torch.pi / 4, B)
     zoom = 1 + is_moved * uniform(-0.5, 0.5, B)
-    shift = is_moved.view(B, 1) * uniform(-1 / 8, 1 / 8, B, 2)  # 1/16 of the side, which is 2 long
+    shift = is_moved.view(B, 1) * uniform(-1 / 8, 1 / 8, B, 2)
 
-    # For each point of the new picture: which point of the old one gives it its colour?
+    # For each point of the new picture grid_sample needs the old point which gives it its colour:
     #     old point = rotation @ diag(flip) / zoom @ new point + shift
-    # This leads backwards. So all moves against `shift`, and dividing makes things larger.
+    # For example, with zoom 1.5, shift (0.1, 0) and nothing else the new point (0.6, 0) has the
+    # colour of the old one (0.6 / 1.5 + 0.1, 0) = (0.5, 0): what was at 0.5 has gone to 0.6.
+    # Beyond its edges the old picture is continued by its mirror image.
     cos, sin = angle.cos(), angle.sin()
     rotation = torch.stack((cos, -sin, sin, cos), 1).view(B, 2, 2)  # [[cos, -sin], [sin, cos]]
     matrix = rotation @ torch.diag_embed(flip) / zoom.view(B, 1, 1)  # (B, 2, 2)
@@ -141,12 +155,12 @@ def augment(pixels, views, generator):
 
     x = pixels.permute(0, 1, 4, 2, 3)  # (B, V, 3, S, S)
     x = x.reshape(B, 3 * V, S, S).float()  # the pictures of a lesion move as one of 3V channels
-    points = F.affine_grid(matrix.to(x.device), x.shape, align_corners=False)  # (B, S, S, 2)
-    x = F.grid_sample(x, points, padding_mode="reflection", align_corners=False)  # mirrored edges
+    old_points = F.affine_grid(matrix.to(x.device), x.shape, align_corners=False)  # (B, S, S, 2)
+    x = F.grid_sample(x, old_points, padding_mode="reflection", align_corners=False)
     x = x.view(B, V, 3, S, S)
 
     is_photo = torch.tensor([view != "mask" for view in views]).view(V, 1, 1, 1)
-    is_recoloured = coin(B, V, 1, 1, 1) * is_photo  # one coin for contrast and brightness
+    is_recoloured = coin(B, V, 1, 1, 1) * is_photo  # (B, V, 1, 1, 1)
     contrast = 1 + is_recoloured * uniform(-0.2, 0.2, B, V, 1, 1, 1)
     brightness = 255 * is_recoloured * uniform(-0.2, 0.2, B, V, 1, 1, 1)
     x = x * contrast.to(x.device) + brightness.to(x.device)
@@ -160,8 +174,7 @@ def make_batch(release, rows, device, generator=None):
         "clinical", "dermoscopy"  (B, 3, S, S) float32, normalised, if the release has them
         "labels"                  (B, T) int64, -1 unknown
         "words"                   (B, m) int64, for MAT
-        "mask"                    (B, 1, S, S) float32, 1 inside the lesion and 0 elsewhere, for
-                                  CLNet, if the release has it
+        "mask"                    (B, 1, S, S) float32, 1 inside the spot, if the release has it
     With a generator the pictures are augmented. `rows` and the generator are on the CPU.
     """
     pixels = release.pixels[rows].to(device)  # (B, V, S, S, 3)
@@ -173,7 +186,7 @@ def make_batch(release, rows, device, generator=None):
     batch = {"labels": release.labels[rows].to(device), "words": release.words[rows].to(device)}
     for v, view in enumerate(release.views):
         if view == "mask":
-            batch["mask"] = (pictures[:, v, :1] > 127.5).float()
+            batch["mask"] = (pictures[:, v, :1] > 127.5).float()  # red, green and blue are equal
         else:
             batch[view] = normalise(pictures[:, v])
     return batch
@@ -194,13 +207,15 @@ def make_batch(release, rows, device, generator=None):
 # labels {"diagnosis": "nevus"}.
 #
 # From there on the kinds hardly differ. `read` finds and decodes the pictures, numbers labels and
-# words, and makes or checks the split. What cannot be used is refused: a DataError says why. What a
-# user should know becomes a note.
+# words, and makes or checks the split. A release that cannot be used is refused: a DataError says
+# why. What a user should know becomes a note.
 #
 # Sections: tables; readers; pictures and their cache; labels and words; splits without a leak;
 # read; other lesions than a run's own; drawn lesions; for the other files; what is in a release.
 
-# What is known about a patient, column of a table -> fact. To give MAT a further word, add a line.
+# Facts about a patient, column of a table -> fact. To give MAT a further word, add a line, its
+# column in lower case. In an own CSV file that column is then no task any more, and a release that
+# has it gets another fingerprint, so that runs from before do not belong to it.
 # Of several columns for one fact the first here that is filled counts; the words have this order.
 # Only what is known before the diagnosis belongs here: HAM10000's dx_type ("how was it
 # confirmed?") gives the class away.
@@ -218,7 +233,8 @@ PATIENT_FACTS = {
     "anatom_site_2": "site",
     "anatom_site_3": "site",
 }
-# Results are printed for subgroups by all of these. The last two are experts' judgements: no words.
+# Results are printed for subgroups by all these columns, which are no tasks. The last two are
+# experts' judgements of the spot and become no words.
 METADATA = tuple(PATIENT_FACTS) + ("elevation", "level_of_diagnostic_difficulty")
 
 
@@ -241,7 +257,7 @@ def normalise_text(text):
 
 # ------------------------------------------------------------------------------- Tables
 
-# Cells with these texts count as empty. So none of them can be the name of a class.
+# Cells with these texts, in capitals or not, count as empty. So none can be the name of a class.
 UNKNOWN = ("?", "nan", "na", "n/a", "#n/a", "<na>", "null", "unknown")
 
 
@@ -256,11 +272,11 @@ class Lesion:
     """What the tables say about a lesion. An empty text is unknown."""
 
     where: str  # file and line, for messages
-    case: str  # its name
+    case: str  # its name, different from all others
     pictures: dict  # view -> path below Catalogue.folder, or a file's name without its ending
     labels: dict = field(default_factory=dict)  # task -> name of the class
     split: str = ""
-    lesion_id: str = ""
+    lesion_id: str = ""  # the name of its spot
     patient: str = ""
     about: dict = field(default_factory=dict)  # column of METADATA -> text, where it is known
 
@@ -271,18 +287,20 @@ class Catalogue:
 
     kind: str
     folder: Path  # the pictures lie below it
-    views: tuple  # a mask is the last
+    views: tuple
     tasks: dict  # task -> names of its classes
     lesions: list
     notes: list = field(default_factory=list)
+    invented_cases: set = field(default_factory=set)  # cases made of the pictures' names
 
     def has_labels(self):
         return any(any(lesion.labels.values()) for lesion in self.lesions)
 
 
 def check_columns(columns, required, path):
+    """Refuses missing columns, two columns of one name, and characters that nobody sees."""
     names = [name for name in columns if name]
-    missing = [name for name in required if name not in names]
+    missing = sorted(set(required) - set(names))
     require(not missing, f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}")
     require(len(names) == len(set(names)), f"{path}: two columns of one name: {', '.join(names)}")
     for name in names:
@@ -290,7 +308,7 @@ def check_columns(columns, required, path):
 
 
 def read_csv(path, *required):
-    """The Lines of a CSV file that are not empty. It must have the required columns.
+    """The Lines of a CSV file without the empty ones. It must have the required columns.
 
     Cells are separated by commas, semicolons or tabs, whichever the header has most of.
     """
@@ -331,7 +349,12 @@ def read_csv(path, *required):
     return lines
 
 
+def filled_cells(line):
+    return {column: text for column, text in line.items() if text}
+
+
 def about_patient(line):
+    """What a Line says in the columns of METADATA, column -> text."""
     return {column: line[column] for column in METADATA if line.get(column)}
 
 
@@ -342,8 +365,8 @@ def only_one(paths):
 
 # ------------------------------------------------------------------------------ Readers
 #
-# A reader takes the sorted paths of the tables that fit its pattern in READERS, and the root: the
-# folder below which pictures and further tables lie. It returns a Catalogue.
+# A reader takes the paths of the tables that fit its pattern in READERS, and the root: the folder
+# below which pictures and further tables lie. It returns a Catalogue.
 
 # The Seven-Point Checklist: tasks in the order of the paper's tables, their columns in meta.csv.
 SPC_COLUMNS = {
@@ -356,8 +379,8 @@ SPC_COLUMNS = {
     "BWV": "blue_whitish_veil",
     "VS": "vascular_structures",
 }
-# For each class the texts in that column which mean it. The order of the classes matters: it gives
-# their numbers, on which PUBLISHED_SPC depends. "absent" comes first, the irregular class last.
+# For each class the texts in that column which mean it, in lower case as normalise_text makes them.
+# The orders of tasks and classes matter: they give their numbers, on which PUBLISHED_SPC depends.
 SPC_TEXTS = {
     "DIAG": {
         "BCC": ["basal cell carcinoma"],
@@ -419,10 +442,12 @@ def read_spc(paths, root):
     """derm7pt: meta/meta.csv has the labels, meta/{train,valid,test}_indexes.csv the split."""
     path = only_one(paths)
     lines = read_csv(path, "case_num", "clinic", "derm", *SPC_COLUMNS.values())
+    is_drawn = lines[0].get("notes") == "synthetic"
     lesions = []
     for line in lines:
         pictures = {"clinical": line["clinic"], "dermoscopy": line["derm"]}
-        pictures["mask"] = Path(line["derm"]).stem + "_segmentation"  # read for drawn lesions only
+        if is_drawn:
+            pictures["mask"] = Path(line["derm"]).stem + "_segmentation"
         lesion = Lesion(line.where, line["case_num"], pictures, about=about_patient(line))
         for task, column in SPC_COLUMNS.items():
             lesion.labels[task] = class_meant(line[column], SPC_TEXTS[task])
@@ -438,19 +463,21 @@ def read_spc(paths, root):
             require(is_free, f"{line.where}: {index!r} is in the split {lesion.split} already")
             lesion.split = split
 
-    if lines[0].get("notes") != "synthetic":
-        return Catalogue("spc", root / "images", VIEWS, SPC_TASKS, lesions)
-    notes = ["drawn lesions: they show the machinery, not the method"]
-    return Catalogue("synthetic", root / "images", (*VIEWS, "mask"), SPC_TASKS, lesions, notes)
+    views = tuple(lesions[0].pictures)
+    catalogue = Catalogue("spc", root / "images", views, SPC_TASKS, lesions)
+    if is_drawn:
+        catalogue.kind = "synthetic"
+        catalogue.notes.append("drawn lesions: they show the machinery, not the method")
+    return catalogue
 
 
 def read_ham(paths, root):
-    """HAM10000: a dermoscopy photo on each line; several may show one lesion."""
+    """HAM10000: a dermoscopy photo on each line; several may show one spot."""
     lesions = []
     for line in read_csv(only_one(paths), "lesion_id", "image_id", "dx"):
         image_id = line["image_id"]
         pictures = {"dermoscopy": image_id, "mask": f"{image_id}_segmentation"}
-        lesion = Lesion(line.where, image_id, pictures, {"DIAG": line["dx"].upper()})
+        lesion = Lesion(line.where, image_id, pictures, labels={"DIAG": line["dx"].upper()})
         lesion.lesion_id = line["lesion_id"]
         lesion.about = about_patient(line)
         lesions.append(lesion)
@@ -524,14 +551,12 @@ def view_of(line):
 def describe_lesion(case, line_of):
     """The Lesion of one or two lines of the ISIC Archive, view -> line.
 
-    What both lines say of the patient is taken from the last.
+    Where two lines fill one column, the last counts.
     """
     lines = list(line_of.values())
     merged = {}
     for line in lines:
-        for column, text in line.items():
-            if text:
-                merged[column] = text
+        merged.update(filled_cells(line))
     pictures = {view: line["isic_id"] for view, line in line_of.items()}
     lesion = Lesion(lines[0].where, case, pictures, about=about_patient(merged))
     lesion.lesion_id = merged.get("lesion_id", "")
@@ -540,22 +565,24 @@ def describe_lesion(case, line_of):
 
 
 def pair_photos(lines):
-    """The lesions with both photos, from lines of the ISIC Archive, one for each photo.
+    """The lesions of the spots with both photos, from lines of the ISIC Archive, one a photo.
 
     Of several photos of a view the one with the lowest isic_id is taken, but clinical close-ups go
     before other clinical photos. Returns also a note that says how many photos are not used.
     """
     in_order = sorted(lines, key=lambda line: line["isic_id"])
     in_order.sort(key=lambda line: line["image_type"].lower() != "clinical: close-up")
-    lines_of = defaultdict(dict)  # lesion_id -> view -> line
+    lines_of = {"clinical": {}, "dermoscopy": {}}  # view -> lesion_id -> line
     for line in in_order:
         view = view_of(line)
         if view and line["lesion_id"]:
-            lines_of[line["lesion_id"]].setdefault(view, line)
+            lines_of[view].setdefault(line["lesion_id"], line)
     lesions = []
-    for lesion_id, line_of in sorted(lines_of.items()):
-        if "clinical" in line_of and "dermoscopy" in line_of:
-            lesions.append(describe_lesion(lesion_id, {view: line_of[view] for view in VIEWS}))
+    for lesion_id, dermoscopy in sorted(lines_of["dermoscopy"].items()):
+        clinical = lines_of["clinical"].get(lesion_id)
+        if clinical:
+            line_of = {"clinical": clinical, "dermoscopy": dermoscopy}
+            lesions.append(describe_lesion(lesion_id, line_of))
     unused = len(lines) - 2 * len(lesions)
     return lesions, f"{len(lesions)} lesions with clinical and dermoscopy; {unused} photos unused"
 
@@ -563,10 +590,10 @@ def pair_photos(lines):
 def read_milk10k_photos(paths, root):
     """MILK10k's blind test lesions: `*Metadata.csv` without a ground truth."""
     lesions, note = pair_photos(read_csv(only_one(paths), "lesion_id", "image_type", "isic_id"))
-    return Catalogue("milk10k", root, VIEWS, {}, lesions, [note])
+    return Catalogue("milk10k", root, ("clinical", "dermoscopy"), {}, lesions, [note])
 
 
-def read_milk10k(path, root):
+def read_labelled_milk10k(path, root):
     """MILK10k: `*GroundTruth.csv` has the classes, `*Metadata.csv` names the photos."""
     classes, class_of = read_one_hot(path, "lesion_id")
     metadata = find_beside(path, root, "Metadata")
@@ -581,11 +608,21 @@ def read_milk10k(path, root):
     return catalogue
 
 
+def read_details(path, root):
+    """What the tables beside a challenge's ground truth say: image -> column -> text."""
+    details_of = defaultdict(dict)
+    for ending in ("LesionGroupings", "Metadata"):
+        other = find_beside(path, root, ending)
+        if other:
+            for line in read_csv(other, "image"):
+                details_of[line["image"]].update(filled_cells(line))
+    return details_of
+
+
 def read_ground_truth(paths, root):
-    """One-hot tables. MILK10k's have a lesion on each line; ISIC 2018's (task 3) and ISIC 2019's a
-    dermoscopy photo, and other tables may say which photos show one lesion."""
+    """One-hot tables: of MILK10k or, with a dermoscopy photo on each line, ISIC 2018 and 2019."""
     if "lesion_id" in read_csv(paths[0])[0]:
-        return read_milk10k(only_one(paths), root)
+        return read_labelled_milk10k(only_one(paths), root)
     lesions = []
     tasks = {}
     for split, path in paths_by_split(paths).items():
@@ -593,21 +630,17 @@ def read_ground_truth(paths, root):
         are_same = not tasks or tasks["DIAG"] == classes
         require(are_same, f"tables of different classes: {first_few(paths)}")
         tasks["DIAG"] = classes
-        details_of = defaultdict(dict)  # image -> what the other tables say of it
-        for ending in ("LesionGroupings", "Metadata"):
-            other = find_beside(path, root, ending)
-            if other:
-                for line in read_csv(other, "image"):
-                    for column, text in line.items():
-                        if text:
-                            details_of[line["image"]][column] = text
+        details_of = read_details(path, root)
         for image, name in class_of.items():
-            details = details_of[image]
-            lesion = Lesion(f"{path} {image}", image, {"dermoscopy": image}, {"DIAG": name}, split)
-            lesion.lesion_id = details.get("lesion_id", "")
-            lesion.about = about_patient(details)
+            lesion = Lesion(f"{path} {image}", image, {"dermoscopy": image}, split=split)
+            lesion.labels["DIAG"] = name
+            lesion.lesion_id = details_of[image].get("lesion_id", "")
+            lesion.about = about_patient(details_of[image])
             lesions.append(lesion)
     return Catalogue("challenge", root, ("dermoscopy",), tasks, lesions)
+
+
+ISIC_CLASSES = ("benign", "malignant")
 
 
 def diagnoses_of(line):
@@ -619,21 +652,21 @@ def diagnoses_of(line):
     diagnoses = set()
     for column in ("benign_malignant", "diagnosis_1", "diagnosis_2"):
         first_word, _, _ = line.get(column, "").lower().partition(" ")
-        if first_word in ("benign", "malignant", "indeterminate"):
+        if first_word in ISIC_CLASSES or first_word == "indeterminate":
             diagnoses.add(first_word)
     return diagnoses
 
 
 def read_isic(paths, root):
-    """A download of the ISIC Archive (paper, Sec. 4.2): is a lesion benign or malignant?
+    """A download of the ISIC Archive (paper, Sec. 4.2): is a spot benign or malignant?
 
-    Lesions with a pair of photos; if no photo is clinical, dermoscopy photos one by one.
+    Spots with both photos are read; if no photo is clinical, dermoscopy photos one by one.
     """
     path = only_one(paths)
     lines = read_csv(path, "isic_id", "image_type")
     num_photos = Counter(view_of(line) for line in lines)
     if num_photos["clinical"]:
-        views = VIEWS
+        views = ("clinical", "dermoscopy")
         require("lesion_id" in lines[0], f"{path}: no column lesion_id to pair the photos")
         lesions, note = pair_photos(lines)
         notes = [note]
@@ -650,7 +683,7 @@ def read_isic(paths, root):
         unused = len(lines) - len(lesions)
         notes = [f"{len(lesions)} lesions with dermoscopy; {unused} photos unused"]
 
-    diagnoses_by_name = defaultdict(set)  # lesion_id, or isic_id without one -> what its lines say
+    diagnoses_by_name = defaultdict(set)  # lesion_id or, without one, isic_id -> what its lines say
     for line in lines:
         name = line.get("lesion_id") or line["isic_id"]
         diagnoses_by_name[name].update(diagnoses_of(line))
@@ -658,14 +691,15 @@ def read_isic(paths, root):
     for lesion in lesions:
         diagnoses = diagnoses_by_name[lesion.lesion_id or lesion.case]
         lesion.labels["DIAG"] = ""
-        if diagnoses == {"benign"} or diagnoses == {"malignant"}:
-            lesion.labels["DIAG"] = min(diagnoses)  # the only one
         if len(diagnoses) > 1:
             contradictory.append(lesion.case)
+        for name in ISIC_CLASSES:
+            if diagnoses == {name}:
+                lesion.labels["DIAG"] = name
     if contradictory:
         cases = first_few(contradictory)
         notes.append(f"WARNING: contradictory diagnoses, read as unknown: {cases}")
-    return Catalogue("isic", root, views, {"DIAG": ("benign", "malignant")}, lesions, notes)
+    return Catalogue("isic", root, views, {"DIAG": ISIC_CLASSES}, lesions, notes)
 
 
 OTHER_SPLIT_NAMES = {"training": "train", "val": "valid", "validation": "valid", "testing": "test"}
@@ -674,7 +708,7 @@ OTHER_SPLIT_NAMES = {"training": "train", "val": "valid", "validation": "valid",
 def classes_of(column, lesions, path):
     """The class names that a column holds, sorted; "absent" first, for that is the negative one."""
     names = sorted({lesion.labels[column] for lesion in lesions} - {""})
-    normalised = {normalise_text(name) for name in names}
+    normalised = set(map(normalise_text, names))
     message = f"classes that differ only in capitals, spaces or .0: {first_few(names)}"
     require(len(names) == len(normalised), f"{path}, column {column}: {message}")
     if "absent" in names:
@@ -683,24 +717,48 @@ def classes_of(column, lesions, path):
     return tuple(names)
 
 
+def views_in(lines, path):
+    """The views of which an own CSV file names any picture, in the order of VIEWS."""
+    filled_columns = set()
+    for line in lines:
+        filled_columns.update(filled_cells(line))
+    has_photo = filled_columns & set(VIEWS)
+    names = f"no column {' or '.join(VIEWS)} with photos; it has {', '.join(lines[0])}"
+    require(has_photo, f"{path}: {names}")
+    return tuple(view for view in (*VIEWS, "mask") if view in filled_columns)
+
+
 def read_pairs(paths, root):
     """An own CSV file: columns of pictures, case, split, lesion_id, patient, and METADATA.
 
-    Every other column is a task, and its texts are the classes.
+    Every other column is a task, and its texts are the classes. A lesion without a case gets one,
+    made of its pictures' names.
     """
     path = only_one(paths)
     lines = read_csv(path)
     columns = list(lines[0])
-    views = tuple(view for view in (*VIEWS, "mask") if view in columns)
-    has_photo = "clinical" in columns or "dermoscopy" in columns
-    require(has_photo, f"{path}: no column clinical or dermoscopy; it has {', '.join(columns)}")
-    no_tasks = (*VIEWS, "mask", "case", "split", "lesion_id", "patient", "patient_id", *METADATA)
+    views = views_in(lines, path)
+    fact_columns = [column for column in columns if column in METADATA]
+    no_tasks = (
+        *VIEWS,
+        *fact_columns,
+        "mask",
+        "case",
+        "split",
+        "lesion_id",
+        "patient",
+        "patient_id",
+    )
     task_columns = [column for column in columns if column not in no_tasks]
 
     lesions = []
+    invented_cases = set()
     for line in lines:
         pictures = {view: line[view].replace("\\", "/") for view in views}
-        lesion = Lesion(line.where, line.get("case") or " ".join(pictures.values()), pictures)
+        lesion = Lesion(line.where, line.get("case", ""), pictures, about=about_patient(line))
+        if not lesion.case:
+            lesion.case = " ".join(pictures.values())
+            invented_cases.add(lesion.case)
         for column in task_columns:
             is_absent = line[column].lower() == "absent"
             lesion.labels[column] = "absent" if is_absent else line[column]
@@ -710,26 +768,28 @@ def read_pairs(paths, root):
         require(is_split, f"{line.where}: split is {split!r}; write train, valid or test")
         lesion.lesion_id = line.get("lesion_id", "")
         lesion.patient = line.get("patient_id") or line.get("patient", "")
-        lesion.about = about_patient(line)
         lesions.append(lesion)
     tasks = {}
     for column in task_columns:
         no_slash = "/" not in column  # results are called task/class
         require(no_slash, f"{path}: column {column} has a / in its name; rename it")
         tasks[column] = classes_of(column, lesions, path)
-    notes = [f"tasks, the columns of no other use: {', '.join(tasks)}"] if tasks else []
-    return Catalogue("pairs", path.parent, views, tasks, lesions, notes)
+    notes = []
+    if tasks:
+        notes.append(f"tasks, the columns of no other use: {', '.join(tasks)}")
+    if fact_columns:
+        notes.append(f"facts about the patient, no tasks: {', '.join(fact_columns)}")
+    return Catalogue("pairs", path.parent, views, tasks, lesions, notes, invented_cases)
 
 
 # The first pattern that fits a file decides. So the most specific come first: HAM10000's folder
-# holds a ground truth of another kind too, and "*.csv" fits nearly all.
+# holds a ground truth of another kind too, and "*.csv" fits nearly all. With "**/" the file may lie
+# one folder deeper as well, like many challenges' tables.
 READERS = [
     ("meta/meta.csv", read_spc),
-    ("ISIC-2017_*_Part3_GroundTruth.csv", read_isic17),
-    ("*/ISIC-2017_*_Part3_GroundTruth.csv", read_isic17),
+    ("**/ISIC-2017_*_Part3_GroundTruth.csv", read_isic17),
     ("HAM10000_metadata*", read_ham),  # .csv from Kaggle, .tab or no ending from Dataverse
-    ("*GroundTruth.csv", read_ground_truth),
-    ("*/*GroundTruth.csv", read_ground_truth),  # many challenges' tables have a folder each
+    ("**/*GroundTruth.csv", read_ground_truth),
     ("*Metadata.csv", read_milk10k_photos),
     ("metadata.csv", read_isic),
     ("*.csv", read_pairs),
@@ -737,15 +797,22 @@ READERS = [
 ]
 
 
+def fits(name, pattern):
+    """Whether a file's name, "a.csv" or "folder/a.csv", fits. Capitals count on every system."""
+    folder, _, file = name.rpartition("/")
+    folder_pattern, _, file_pattern = pattern.rpartition("/")
+    return folder_pattern in (folder, "**") and fnmatch.fnmatchcase(file, file_pattern)
+
+
 def read_tables(path):
     """The Catalogue of the release in the folder `path`, or of which the file `path` is a table.
 
-    Capitals count on every system. Names that begin with a dot are no data: glob leaves them out.
+    Files whose names begin with a dot are no data: glob leaves them out.
     """
     require(path.exists(), f"{path} does not exist")
     if path.is_dir():
         root = path
-        names = sorted(glob.glob("*", root_dir=root)) + sorted(glob.glob("*/*", root_dir=root))
+        names = sorted(glob.glob("*", root_dir=root) + glob.glob("*/*", root_dir=root))
     else:
         root = path.parent
         if path.match("meta/meta.csv") or path.match("*GroundTruth/*GroundTruth.csv"):
@@ -754,9 +821,7 @@ def read_tables(path):
     for pattern, reader in READERS:
         paths = []
         for name in names:
-            same_depth = name.count(os.sep) == pattern.count("/")  # for fnmatch * fits a / too
-            fits = fnmatch.fnmatchcase(name.replace(os.sep, "/"), pattern)
-            if same_depth and fits and (root / name).is_file():
+            if fits(name.replace(os.sep, "/"), pattern) and (root / name).is_file():
                 paths.append(root / name)
         if not paths:
             continue
@@ -773,46 +838,63 @@ def read_tables(path):
 
 
 # -------------------------------------------------------------- Pictures and their cache
+#
+# Three hashes: the photo hash, of a photo's small picture, tells whether two photos show the same;
+# the cache's name, of all files' contents, tells whether pictures must be decoded anew; and the
+# fingerprint, of photo files, labels and facts, tells whether a release is the one of a run.
 
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".heic")  # HEIC is found in order to be refused
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".heic")  # HEIC is found in order to be refused
+
+
+def all_files(folder):
+    """The files below the folder: by path and by name, in lower case -> a list of paths.
+
+    The path is relative to the folder. The name is without folder and ending, and of pictures only.
+    """
+    by_path = defaultdict(list)
+    by_name = defaultdict(list)
+    for path_below in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # links too
+        path = folder / path_below
+        if path.is_file():
+            by_path[path_below.replace(os.sep, "/").lower()].append(path)
+            if path.suffix.lower() in PICTURE_ENDINGS:
+                by_name[path.stem.lower()].append(path)
+    return by_path, by_name
 
 
 def find_pictures(lesions, views, folder):
-    """The files that the lesions name: N * V paths, lesion by lesion, in the order of the views.
+    """The files that the lesions name: an array (N, V) of paths, in the order of the views.
 
     A lesion names a path below the folder, or a file without its folder and ending; capitals do not
     count. Refuses missing files, and different files of one name.
     """
-    by_path = defaultdict(list)  # path below the folder, in lower case -> paths as they are
-    by_stem = defaultdict(list)  # name without folder and ending, in lower case -> paths
-    for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # linked folders too
-        path = folder / name
-        if path.is_file():
-            by_path[name.replace(os.sep, "/").lower()].append(path)
-            if path.suffix.lower() in PHOTO_ENDINGS:
-                by_stem[path.stem.lower()].append(path)
-
+    by_path, by_name = None, None  # what is below the folder; looked up when it is needed
     files = []
     missing = []
     for lesion in lesions:
         for view in views:
             text = lesion.pictures[view]
-            paths = by_path.get(text.lower()) or by_stem.get(text.lower(), [])
             if (folder / text).is_file():
-                paths = [folder / text]
+                files.append(folder / text)
+                continue
+            if by_path is None:
+                by_path, by_name = all_files(folder)
+            paths = by_path.get(text.lower()) or by_name.get(text.lower())
             if not paths:
                 missing.append(f"{lesion.where}: {view} {text!r}")
                 continue
             for other in paths[1:]:  # Kaggle's HAM10000 holds each photo in two folders
                 is_copy = filecmp.cmp(paths[0], other, shallow=False)
-                require(is_copy, f"several photos have one name, keep one: {first_few(paths)}")
+                require(is_copy, f"several pictures have one name, keep one: {first_few(paths)}")
             files.append(paths[0])
-    require(not missing, "\n".join([f"photos are missing below {folder}:", *missing]))
-    return files
+    require(not missing, "\n".join([f"pictures are missing below {folder}:", *missing]))
+    return np.array(files, object).reshape(len(lesions), len(views))
 
 
 THUMBNAIL_SIZE = 32  # pixels of a side; photos are compared by so small a picture
-DECODER_VERSION = 1  # to be raised when `decode` gives other pixels: then the cache is made anew
+# To be raised when `decode` gives other pixels: then the cache is made anew. But photo hashes
+# change with the pixels, so that earlier runs no longer recognise photos, only ids.
+DECODER_VERSION = 1
 
 
 def hash_of(contents):
@@ -830,7 +912,7 @@ def turn_upright(image):
 
 
 def decode(path, size):
-    """A photo as (size, size, 3) uint8 RGB: upright, resized without cropping (paper, Sec. 4.1)."""
+    """A picture, (size, size, 3) uint8 RGB: upright, resized without cropping (paper, Sec. 4.1)."""
     try:
         with Image.open(path) as image:
             has_8_bits = not image.mode.startswith(("I", "F"))  # integers and floats of more bits
@@ -839,7 +921,7 @@ def decode(path, size):
             image.load()
             turn_upright(image)
             return np.array(image.convert("RGB").resize((size, size), Image.BILINEAR))
-    except MemoryError:  # not the photo's fault
+    except MemoryError:  # not the file's fault
         raise
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
         is_heic = Path(path).suffix.lower() in (".heic", ".heif")
@@ -861,45 +943,54 @@ def decode_all(files, size):
     threads = ThreadPoolExecutor()
     try:
         decodings = [threads.submit(decode_one, n) for n in range(len(files))]
-        for decoding in progress(decodings, "decoding photos"):
+        for decoding in progress(decodings, "decoding pictures"):
             decoding.result()  # waits for it
     finally:
-        threads.shutdown(cancel_futures=True)  # after Ctrl-C no further photo is begun
-    message = ["photos are broken, restore or remove them:", *sorted(problems)]
+        threads.shutdown(cancel_futures=True)  # after Ctrl-C no further one is begun
+    message = ["pictures are broken, restore or remove them:", *sorted(problems)]
     require(not problems, "\n".join(message))
     return pixels
 
 
 def decode_once(files, file_hashes, size, cache):
-    """Pixels (len(files), S, S, 3) uint8 of the files, over a memory map.
+    """Pixels (N, V, S, S, 3) uint8 of the files (N, V), over a memory map.
 
-    They are kept in the folder `cache` under a hash of all files: if one photo changes, all are
+    They are kept in the folder `cache` under a hash of all files: if one picture changes, all are
     decoded anew. What is old stays there; the folder may be deleted at any time.
     """
-    name = hash_of(f"{PIL.__version__} {DECODER_VERSION} {file_hashes.tolist()}".encode())
-    path = Path(cache) / f"{size}-{name}.npy"
+    key = f"{PIL.__version__} {DECODER_VERSION} {file_hashes.flatten().tolist()}"
+    path = Path(cache) / f"{size}-{hash_of(key.encode())}.npy"
     if not path.exists():
-        pixels = decode_all(files, size)
+        pixels = decode_all(files.flatten().tolist(), size)
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.save(file, pixels)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # writable, as torch wants it
+    pixels = torch.from_numpy(np.load(path, mmap_mode="c"))  # writable, as torch wants it
+    return pixels.view(*files.shape, size, size, 3)
 
 
-def hash_pictures(pictures):
-    """An array (n,) with a text for each picture (n, S, S, 3) uint8."""
-    return np.array([hash_of(picture.tobytes()) for picture in np.asarray(pictures)])
-
-
-def read_pictures(files, size, cache):
-    """Pixels (n, S, S, 3) uint8 of n files, hashes (n,) of what they show, and of the files.
+def hash_photos(thumbnails):
+    """The photo hashes (n,), texts, of thumbnails (n, S, S, 3) uint8.
 
     Photos that show the same are one photo, though their files may differ: the ISIC Archive writes
-    an id into each copy. They are compared by thumbnails, which do not depend on a run's size.
+    an id into each copy.
     """
-    file_hashes = np.array([hash_of(file.read_bytes()) for file in files])
+    return np.array([hash_of(thumbnail.tobytes()) for thumbnail in thumbnails])
+
+
+def read_pictures(lesions, views, folder, size, cache):
+    """Pixels (N, V, S, S, 3) uint8 of the lesions' pictures; photo hashes and file hashes.
+
+    The hashes are arrays (N, photos) of texts, without the masks.
+    """
+    files = find_pictures(lesions, views, folder)
+    file_hashes = np.array([hash_of(file.read_bytes()) for file in files.flat])
+    file_hashes = file_hashes.reshape(files.shape)
     pixels = decode_once(files, file_hashes, size, cache)
-    thumbnails = decode_once(files, file_hashes, THUMBNAIL_SIZE, cache)
-    return pixels, hash_pictures(thumbnails), file_hashes
+    is_photo = np.array(views) != "mask"
+    file_hashes = file_hashes[:, is_photo]
+    thumbnails = decode_once(files[:, is_photo], file_hashes, THUMBNAIL_SIZE, cache)
+    photo_hashes = hash_photos(thumbnails.flatten(0, 1).numpy())
+    return pixels, photo_hashes.reshape(file_hashes.shape), file_hashes
 
 
 # --------------------------------------------------------------------- Labels and words
@@ -928,8 +1019,9 @@ def patient_word(column, text):
     """A fact about the patient as a word, the same in every release: "age from 40", "sex male"."""
     fact = PATIENT_FACTS.get(column, column)
     text = normalise_text(text.replace("_", " "))
-    if fact == "age" and text.replace(".", "", 1).isdecimal():
-        band = int(float(text)) // 20 * 20  # not in the paper: single years are too rare to learn
+    age = text.removesuffix("+")  # some tables have "85+"
+    if fact == "age" and age.replace(".", "", 1).isdecimal():
+        band = int(float(age)) // 20 * 20  # not in the paper: single years are too rare to learn
         text = f"from {band}"
     return f"{fact} {text}"
 
@@ -952,7 +1044,7 @@ def make_vocabulary(words_of_lesions, is_train):
 
 
 def number_words(words_of_lesions, vocabulary):
-    """(N, m) int64: 1, then the numbers of a lesion's words that the vocabulary has, then zeros."""
+    """(N, m) int64: "begin", then a lesion's words that the vocabulary has, then zeros."""
     numbers_of_lesions = []
     for words in words_of_lesions:
         numbers = [vocabulary.index("begin")]
@@ -969,8 +1061,8 @@ def number_words(words_of_lesions, vocabulary):
 def group_lesions(lesions, photo_hashes):
     """(N,) the group of each lesion: the number of the group's first lesion.
 
-    Lesions of one patient, with one lesion id or with one photo belong together, and so do all that
-    a chain of these connects. A group must lie in one split. The algorithm is called union-find.
+    Lesions of one patient, of one spot or with one photo belong together, and so do all that a
+    chain of these connects. A group must lie in one split. The algorithm is called union-find.
     """
     parent = list(range(len(lesions)))  # an earlier lesion of the same group, or the lesion itself
 
@@ -979,15 +1071,14 @@ def group_lesions(lesions, photo_hashes):
             n = parent[n]
         return n
 
-    first_with = {}  # a patient, lesion id or photo -> the first lesion that has it
+    first_with = {}  # a patient, spot or photo -> the first lesion that has it
     for n, lesion in enumerate(lesions):
         traits = [("patient", normalise_text(lesion.patient))]
-        traits.append(("lesion", normalise_text(lesion.lesion_id)))
+        traits.append(("spot", normalise_text(lesion.lesion_id)))
         for photo_hash in photo_hashes[n]:
             traits.append(("photo", photo_hash))
         for trait in traits:
-            _, name = trait
-            if name:
+            if trait[1]:  # it is known
                 other = first_with.setdefault(trait, n)
                 earlier, later = sorted([first_of_group(n), first_of_group(other)])
                 parent[later] = earlier
@@ -995,8 +1086,9 @@ def group_lesions(lesions, photo_hashes):
 
 
 def make_split(labels, groups, kind, path):
-    """A split (N,) for labels (N, T) and groups (N,), which stay together. Always the same.
+    """A split (N,) for labels (N, T) and groups (N,), which stay together.
 
+    It is the same each time, as long as the lines of the table have the same order.
     It is stratified by the first task; the lesions without a label are spread like a class.
     """
     classes = np.zeros(len(groups), int)
@@ -1026,7 +1118,7 @@ def check_split(split, groups, lesions, path):
     for n, m in enumerate(groups):  # m is the first lesion of the group
         if split[n] != split[m]:
             leaks.append(f"{lesions[n].case} ({split[n]}) and {lesions[m].case} ({split[m]})")
-    message = "a patient, lesion or photo in two splits, move a lesion"
+    message = "a patient, lesion_id or photo in two splits, move a lesion"
     require(not leaks, f"{path}: {message}: {first_few(leaks)}")
     for name in SPLITS:
         require(name in split, f"{path}: no lesion in the split {name}")
@@ -1044,51 +1136,51 @@ def is_published_spc(labels, split):
 # --------------------------------------------------------------------------------- Read
 
 
-def are_complete(lesions, needs_label):
-    """Which lesions training can use, (N,) bool: those with a split and, if it is needed, a label.
+def left_without_split(lesions):
+    """Which lesions are in no split although others are: (N,) bool. If none is, no lesion."""
+    lacks = np.array([lesion.split == "" for lesion in lesions], bool)
+    return lacks & ~lacks.all()
 
-    What no lesion of the release has, none needs.
-    """
-    has_split = np.array([lesion.split != "" for lesion in lesions])
-    has_label = np.array([any(lesion.labels.values()) for lesion in lesions])
-    complete = np.full(len(lesions), True)
-    if has_split.any():
-        complete = complete & has_split
-    if needs_label and has_label.any():
-        complete = complete & has_label
-    return complete
+
+def left_without_label(lesions):
+    """Which lesions have no label at all although others do: (N,) bool. If none has, no lesion."""
+    lacks = np.array([not any(lesion.labels.values()) for lesion in lesions], bool)
+    return lacks & ~lacks.all()
 
 
 def choose_lesions(catalogue, views, to_train):
     """The lesions that can be used, and notes on those that are left out."""
-    complete = are_complete(catalogue.lesions, needs_label="mask" not in views)
+    is_incomplete = left_without_split(catalogue.lesions)
+    if "mask" not in views:  # with a mask there is something to learn without a label
+        is_incomplete = is_incomplete | left_without_label(catalogue.lesions)
     chosen = []
-    without_photo = []
+    without_picture = []
     incomplete = []
-    for lesion, is_complete in zip(catalogue.lesions, complete):
+    for n, lesion in enumerate(catalogue.lesions):
         if not all(lesion.pictures[view] for view in views):
-            without_photo.append(lesion.where)
-        elif to_train and not is_complete:
+            without_picture.append(lesion.where)
+        elif to_train and is_incomplete[n]:
             incomplete.append(lesion.case)
         else:
             chosen.append(lesion)
     notes = list(catalogue.notes)
-    if without_photo:
-        notes.append(f"WARNING: a photo is not named, left out: {first_few(without_photo)}")
+    if without_picture:
+        lines = first_few(without_picture)
+        notes.append(f"WARNING: a photo or mask is not named, left out: {lines}")
     if incomplete:
-        notes.append(f"WARNING: label or split is missing, left out: {first_few(incomplete)}")
+        notes.append(f"WARNING: no label at all or no split, left out: {first_few(incomplete)}")
     return chosen, notes
 
 
 def check_texts(lesions):
-    """Refuses lesions of one name, and characters that nobody sees."""
+    """Refuses two lesions of one name, and characters that nobody sees."""
     cases = set()
     for lesion in lesions:
         is_new = lesion.case not in cases
         advice = "remove a line or give a column case"
         require(is_new, f"{lesion.where}: another lesion is called {lesion.case!r} too; {advice}")
         cases.add(lesion.case)
-        for text in (lesion.lesion_id, lesion.patient, *lesion.labels.values()):
+        for text in (lesion.case, lesion.lesion_id, lesion.patient, *lesion.labels.values()):
             is_visible = text.isprintable()
             require(is_visible, f"{lesion.where}: an invisible character in {text!r}; retype it")
 
@@ -1096,7 +1188,7 @@ def check_texts(lesions):
 def check_masks(masks, lesions, path):
     """Notes on empty masks (N, S, S, 3). Refuses a release in which all are empty."""
     empty = [lesion.case for lesion, mask in zip(lesions, masks) if mask.max() <= 127]
-    message = "empty masks; they must be 255 inside the lesion"
+    message = "empty masks; they must be 255 inside the spot"
     require(len(empty) < len(lesions), f"{path}: {message}")
     return [f"WARNING: {message}: {first_few(empty)}"] if empty else []
 
@@ -1140,7 +1232,7 @@ def note_shared_photos(lesions, photo_hashes):
             twice.append(lesion.case)
     notes = []
     if twice:
-        notes.append(f"WARNING: clinical and dermoscopy photo are one photo: {first_few(twice)}")
+        notes.append(f"WARNING: two photos of a lesion are one photo: {first_few(twice)}")
     shared = [" and ".join(cases) for cases in cases_with.values() if len(cases) > 1]
     if shared:
         notes.append(f"WARNING: several lesions have one photo: {first_few(shared)}")
@@ -1158,16 +1250,16 @@ def metadata_of(lesions):
 
 
 def fingerprint_of(tasks, lesions, file_hashes):
-    """A hash of what results depend on, but for masks, the split, and lesions only to be predicted.
+    """A hash of what results depend on, except for masks and split. file_hashes: (N, photos).
 
-    So a release has one fingerprint, to train and to predict, with and without masks (unless one
-    is missing: then its lesion is left out where masks are read).
+    Lesions that can only be predicted do not count. So a release has one fingerprint, to train and
+    to predict, with and without masks (unless a lesion without its mask is left out).
     """
     contents = [list(tasks.items())]
-    complete = are_complete(lesions, needs_label=True)
-    for lesion, hashes, is_complete in zip(lesions, file_hashes.tolist(), complete):
-        if is_complete:
-            contents.append([lesion.case, lesion.labels, lesion.about, hashes])
+    can_train = ~(left_without_split(lesions) | left_without_label(lesions))
+    for n in np.flatnonzero(can_train):
+        lesion = lesions[n]
+        contents.append([lesion.case, lesion.labels, lesion.about, file_hashes[n].tolist()])
     return hash_of(repr(contents).encode())
 
 
@@ -1189,15 +1281,17 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False, vocabul
     cache       the folder in which decoded pictures are kept
     to_train    demands labels (or masks, if these are all) and a split, or makes one;
                 False: for lesions that will only be predicted
-    masks       reads the lesions' masks too, if the release has them
+    masks       reads the lesions' masks too, if the release has them: to train, lesions without
+                one are left out; to predict, none is read unless all lesions have one. As masks and
+                photos are cached together, the photos are then decoded once more
     vocabulary  that of a run; without one the training lesions make it
     Raises DataError.
     """
     path = Path(path).expanduser().resolve()
     catalogue = read_tables(path)
-    views = catalogue.views
-    if "mask" in views and not (masks and (to_train or count_masks(catalogue) > 0)):
-        views = views[:-1]  # to predict, no masks are needed
+    all_have_masks = count_masks(catalogue) == len(catalogue.lesions)
+    reads_masks = masks and (to_train or all_have_masks)
+    views = tuple(view for view in catalogue.views if view != "mask" or reads_masks)
     lesions, notes = choose_lesions(catalogue, views, to_train)
     require(lesions, f"{path}: no lesion can be used. {'; '.join(notes)}")
     if to_train:
@@ -1207,28 +1301,22 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False, vocabul
     check_texts(lesions)
     labels = number_labels(lesions, catalogue.tasks)
 
-    files = find_pictures(lesions, views, catalogue.folder)
-    pixels, photo_hashes, file_hashes = read_pictures(files, size, cache)
-    pixels = pixels.view(len(lesions), len(views), size, size, 3)
-    photo_hashes = photo_hashes.reshape(len(lesions), len(views))
-    file_hashes = file_hashes.reshape(len(lesions), len(views))
-    if "mask" in views:  # as the last
-        photo_hashes = photo_hashes[:, :-1]
-        file_hashes = file_hashes[:, :-1]
-        notes += check_masks(pixels[:, -1], lesions, path)
+    pixels, photo_hashes, file_hashes = read_pictures(lesions, views, catalogue.folder, size, cache)
+    if "mask" in views:
+        notes += check_masks(pixels[:, views.index("mask")], lesions, path)
 
     split = np.array([lesion.split for lesion in lesions])
+    groups = group_lesions(lesions, photo_hashes)
+    if to_train and (split == "").all():
+        split = make_split(labels, groups, catalogue.kind, path)
+    published = is_published_spc(labels, split)
     if to_train:
-        groups = group_lesions(lesions, photo_hashes)
-        if (split == "").all():
-            split = make_split(labels, groups, catalogue.kind, path)
         # derm7pt's split stays as published, so that results can be compared with the paper's. If
         # it leaks, that is only noted.
-        if not is_published_spc(labels, split):
+        if not published:
             check_split(split, groups, lesions, path)
         notes += check_tasks(catalogue.tasks, labels, split, path)
         notes += note_shared_photos(lesions, photo_hashes)
-    published = is_published_spc(labels, split)
     if catalogue.kind == "spc" and not published:
         advice = "do not compare with the paper"
         notes.append(f"WARNING: not derm7pt's published labels and split; {advice}")
@@ -1247,6 +1335,7 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False, vocabul
         cases=[lesion.case for lesion in lesions],
         lesion_ids=[lesion.lesion_id for lesion in lesions],
         patients=[lesion.patient for lesion in lesions],
+        invented_cases=catalogue.invented_cases,
         metadata=metadata_of(lesions),
         photo_hashes=photo_hashes,
         fingerprint=fingerprint_of(catalogue.tasks, lesions, file_hashes),
@@ -1287,12 +1376,9 @@ def match_labels(release, tasks):
 def release_of_one(photos, about, size, vocabulary):
     """A Release of one lesion without labels: photos, view -> path; about, column -> text."""
     views = tuple(view for view in VIEWS if view in photos)
-    pictures = []
-    thumbnails = []
-    for view in views:
-        pictures.append(decode(photos[view], size))
-        thumbnails.append(decode(photos[view], THUMBNAIL_SIZE))
-    photo_hashes = hash_pictures(thumbnails)[None]  # (1, V)
+    files = [photos[view] for view in views]
+    pixels = decode_all(files, size)[None]  # (1, V, S, S, 3)
+    photo_hashes = hash_photos(decode_all(files, THUMBNAIL_SIZE))[None]  # (1, V)
     notes = note_shared_photos([Lesion("", "this lesion", photos)], photo_hashes)
     for column, text in about.items():
         if column not in PATIENT_FACTS:  # also elevation: `read` makes no word of it
@@ -1303,7 +1389,7 @@ def release_of_one(photos, about, size, vocabulary):
         if word not in vocabulary:
             notes.append(f"WARNING: the run has not learned the word {word!r}; it is left out")
     return Release(
-        pixels=torch.from_numpy(np.stack(pictures)[None]),  # (1, V, S, S, 3)
+        pixels=torch.from_numpy(pixels),
         views=views,
         labels=torch.empty((1, 0), dtype=torch.int64),
         tasks={},
@@ -1314,6 +1400,7 @@ def release_of_one(photos, about, size, vocabulary):
         cases=["this lesion"],
         lesion_ids=[""],
         patients=[""],
+        invented_cases={"this lesion"},
         photo_hashes=photo_hashes,
         notes=notes,
     )
@@ -1322,14 +1409,16 @@ def release_of_one(photos, about, size, vocabulary):
 def names_of(release, n):
     """The case, lesion id and patient of a lesion, as far as they mean the same in other releases.
 
-    Numbers do not: two tables may both count from 1. Nor do paths of photos, which `read_pairs`
-    takes for cases where there is no column case. Such lesions are recognised by their photos.
+    Mere numbers do not, because two tables may both count from 1, and invented cases do not. A
+    lesion without such a name is recognised by its photos.
     """
+    candidates = [release.lesion_ids[n], release.patients[n]]
+    if release.cases[n] not in release.invented_cases:
+        candidates.append(release.cases[n])
     names = set()
-    for name in (release.cases[n], release.lesion_ids[n], release.patients[n]):
+    for name in candidates:
         text = normalise_text(name)
-        is_path = Path(text).suffix in Image.registered_extensions()
-        if text and not text.isdecimal() and not is_path:
+        if text and not text.isdecimal():
             names.add(name)
     return names
 
@@ -1347,14 +1436,17 @@ def identities(release, rows):
     return {"ids": sorted(ids), "photos": sorted(photos)}
 
 
-def prefixes_of(ids):
-    """What begins the ids of lesions: IL_ in the ISIC Archive, HAM_ in HAM10000, ..."""
-    prefixes = set()
+ID_KINDS = ("IL_", "HAM_")  # how lesion ids of the ISIC Archive and of HAM10000 begin
+
+
+def kinds_of(ids):
+    """The kinds of lesion ids among these ids, by how they begin."""
+    found = set()
     for name in ids:
-        match = re.fullmatch(r"([A-Z]+\d*_)\d+", name)
-        if match:
-            prefixes.add(match[1])
-    return prefixes - {"ISIC_", "IP_"}  # of photos and patients
+        for prefix in ID_KINDS:
+            if name.startswith(prefix):
+                found.add(prefix)
+    return found
 
 
 def find_known(release, seen):
@@ -1363,12 +1455,12 @@ def find_known(release, seen):
     `seen` comes from `identities`. A lesion is known if its case, lesion id or patient is among all
     the ids, or one of its photos among the photos.
     """
-    seen_ids = {normalise_text(name) for name in seen["ids"]}
+    seen_ids = set(map(normalise_text, seen["ids"]))
     seen_photos = set(seen["photos"])
     by_id = []
     by_photo = []
     for n in range(len(release.cases)):
-        ids = [normalise_text(name) for name in names_of(release, n)]
+        ids = map(normalise_text, names_of(release, n))
         by_id.append(not seen_ids.isdisjoint(ids))
         by_photo.append(not seen_photos.isdisjoint(release.photo_hashes[n]))
     known = np.array(by_id) | np.array(by_photo)
@@ -1376,8 +1468,8 @@ def find_known(release, seen):
     if known.any():
         counts = f"{sum(by_id)} by id, {sum(by_photo)} by photo"
         sentences.append(f"{known.sum()} of {len(known)} lesions have been seen before: {counts}.")
-    here = prefixes_of(release.lesion_ids)
-    elsewhere = prefixes_of(seen["ids"]) - here
+    here = kinds_of(release.lesion_ids)
+    elsewhere = kinds_of(seen["ids"]) - here
     if here and elsewhere:
         pair = f"{', '.join(sorted(here))} with {', '.join(sorted(elsewhere))}"
         sentences.append(f"Lesion ids cannot be compared ({pair}): more may have been seen.")
@@ -1393,12 +1485,21 @@ def find_known(release, seen):
 # minute, and from the clinical photos less than from the others. They mean nothing else.
 
 SKIN = (232, 190, 170)
-BODY = {  # colour of the lesion, by diagnosis
+BODY = {  # colour of the spot, by diagnosis
     "NEV": (168, 112, 78),
     "MEL": (168, 112, 78),
     "BCC": (222, 150, 150),
     "SK": (140, 118, 96),
     "MISC": (190, 120, 105),
+}
+IRREGULAR = {  # criterion -> the class that points to a melanoma
+    "PN": "ATP",
+    "STR": "IR",
+    "PIG": "IR",
+    "RS": "PRS",
+    "DaG": "IR",
+    "BWV": "PRS",
+    "VS": "IR",
 }
 MARKS = {  # colour of each criterion; they are drawn one over another in this order
     "PIG": (100, 62, 40),
@@ -1432,15 +1533,12 @@ def invent_signs(rng):
     malignancy = rng.beta(0.6, 1.1)  # from 0 to 1
     signs = {}
     points = 0
-    for task, classes in SPC_TASKS.items():
-        if task == "DIAG":
-            continue
-        harmless = ["absent", "absent"]  # where there is a regular class, it is drawn in 1 of 3
-        if len(classes) == 3:
-            harmless.append(classes[1])
+    for task, irregular in IRREGULAR.items():
+        harmless = ["absent", *SPC_TASKS[task]]  # so "absent" is twice as likely as "regular"
+        harmless.remove(irregular)
         signs[task] = rng.choice(harmless)
         if rng.random() < 0.7 * malignancy:
-            signs[task] = classes[-1]  # irregular, or present where there are two classes
+            signs[task] = irregular
             points += 2 if task in ("PN", "BWV", "VS") else 1  # major and minor criteria
     mole = "MEL" if points >= 3 else "NEV"
     signs["DIAG"] = rng.choice([mole, "MISC", "SK", "BCC"], p=[0.82, 0.1, 0.04, 0.04])
@@ -1448,7 +1546,7 @@ def invent_signs(rng):
 
 
 def draw_dermoscopy(signs, rng, height):
-    """The dermoscopy photo (H, W, 3) and the mask (H, W) of the lesion in it, both uint8."""
+    """A dermoscopy photo (H, W, 3) and its mask (H, W), both uint8."""
     width = height * 3 // 2
     ys = np.linspace(-0.5, 0.5, height)  # lengths are in units of the height, from the centre
     xs = np.linspace(-0.75, 0.75, width)
@@ -1463,7 +1561,7 @@ def draw_dermoscopy(signs, rng, height):
         if signs[task] == "absent":
             continue
         centre, scale, strength = (0, 0), 1, 0.7
-        if signs[task] in ("ATP", "IR", "PRS"):  # irregular: off the centre, larger, stronger
+        if signs[task] == IRREGULAR[task]:  # off the centre, larger, stronger
             centre, scale, strength = rng.choice([-0.15, 0.15], 2), 1.5, 0.95
         squared_distance = (y - centre[0]) ** 2 + (x - centre[1]) ** 2
         blob = np.exp(-squared_distance / (0.15 * scale) ** 2)
@@ -1475,7 +1573,7 @@ def draw_dermoscopy(signs, rng, height):
 
 
 def draw_clinical(dermoscopy, rng):
-    """The same lesion at half the size, anywhere, blurred, in uneven light, with grain."""
+    """The same spot at half the size, anywhere, blurred, in uneven light, with grain."""
     height, width, _ = dermoscopy.shape
     top = rng.integers(height)
     left = rng.integers(width)
@@ -1504,8 +1602,8 @@ def draw_release(folder, cases, height, seed):
         for name, picture in zip(names, (clinical, dermoscopy, mask)):
             Image.fromarray(picture).save(folder / "images" / name, quality=92)
         cells = [10_000 * seed + n + 1, names[0], names[1]]
-        for task, texts in SPC_TEXTS.items():
-            cells.append(rng.choice(texts[signs[task]]))
+        for task in SPC_COLUMNS:  # in the order of the header
+            cells.append(rng.choice(SPC_TEXTS[task][signs[task]]))
         table.append([*cells, rng.choice(["female", "male"]), "synthetic"])
     np.savetxt(folder / "meta/meta.csv", table, "%s", ",")
     ends = [round(cases * 413 / 1011), round(cases * 616 / 1011)]  # the published shares
@@ -1515,7 +1613,10 @@ def draw_release(folder, cases, height, seed):
 
 
 def synthesize(folder, cases=1011, height=256, seed=0):
-    """Draws a synthetic SPC, with masks. The folder is complete or not there; an old one stays."""
+    """Draws a synthetic SPC, with masks. The folder is complete or not there.
+
+    If it is there already it stays as it is: delete it after a change in this section.
+    """
     folder = Path(folder)
     if (folder / "meta/meta.csv").is_file():
         return
@@ -1552,7 +1653,7 @@ CLEAR_LINE = "\r\x1b[K"  # a terminal goes back to the line's beginning and empt
 def progress(items, title):
     """Yields the items of a sequence. On a terminal one line says what is done and the time left.
 
-    The line is "decoding photos: 12 of 90, 1:03 left". In a file or pipe nothing is written.
+    The line is "decoding pictures: 12 of 90, 1:03 left". In a file or pipe nothing is written.
     """
     start = time.monotonic()
     last_update = start
@@ -1621,7 +1722,7 @@ def contact_sheet(release):
     for t, classes in enumerate(release.tasks.values()):
         for number in range(len(classes)):
             rows_of_strips.append(torch.nonzero(release.labels[:, t] == number)[:4, 0])
-    if not release.tasks:
+    if not rows_of_strips:
         rows_of_strips.append(torch.arange(len(release.cases))[:4])
     _, V, S, _, _ = release.pixels.shape
     strips = []
