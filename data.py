@@ -70,7 +70,7 @@ class Release:
     spot. A lesion's number, 0 to N - 1, is its row in the tensors and its place in the lists.
     """
 
-    pixels: torch.Tensor  # (N, V, S, S, 3) uint8 RGB, memory-mapped: read from disk when indexed
+    pixels: torch.Tensor  # (N, V, S, S, 3) uint8 RGB; on a CPU read from disk when indexed
     views: tuple  # of the V pictures: ("clinical", "dermoscopy")
     labels: torch.Tensor  # (N, T) int64: the number of a class among those of its task; -1 unknown
     tasks: dict  # task -> names of its classes: {"DIAG": ("BCC", "NEV", "MEL", "MISC", "SK"), ...}
@@ -84,7 +84,7 @@ class Release:
     lesion_ids: list  # N names of the spots, as the tables call them; "" unknown
     patients: list  # N names; "" unknown
     invented_cases: set = field(default_factory=set)  # cases made of the pictures' names
-    metadata: dict = field(default_factory=dict)  # "age", "sex", ... -> N texts, for subgroups
+    metadata: dict = field(default_factory=dict)  # column, "age" or "age_approx", ... -> N texts
     photo_hashes: np.ndarray = None  # (N, photos) texts, by which photos are recognised
     fingerprint: str = ""  # by which the release is recognised
     published: bool = False  # whether this is derm7pt with its published labels and split
@@ -213,9 +213,10 @@ def make_batch(release, rows, device, generator=None):
 # Sections: tables; readers; pictures and their cache; labels and words; splits without a leak;
 # read; other lesions than a run's own; drawn lesions; for the other files; what is in a release.
 
-# Facts about a patient, column of a table -> fact. To give MAT a further word, add a line, its
-# column in lower case. In an own CSV file that column is then no task any more, and a release that
-# has it gets another fingerprint, so that runs from before do not belong to it.
+# Facts about a patient, column of a table -> fact. To give MAT a further word, add a line with the
+# column in lower case. (A measurement needs bands, like those of `patient_word` for ages.) In an
+# own CSV file that column is then no task any more, and a release that has it gets another
+# fingerprint, so that runs from before do not belong to it.
 # Of several columns for one fact the first here that is filled counts; the words have this order.
 # Only what is known before the diagnosis belongs here: HAM10000's dx_type ("how was it
 # confirmed?") gives the class away.
@@ -269,12 +270,12 @@ class Line(dict):
 
 @dataclass
 class Lesion:
-    """What the tables say about a lesion. An empty text is unknown."""
+    """What the tables say about a lesion. An empty text is unknown; no view or task is left out."""
 
     where: str  # file and line, for messages
     case: str  # its name, different from all others
-    pictures: dict  # view -> path below Catalogue.folder, or a file's name without its ending
-    labels: dict = field(default_factory=dict)  # task -> name of the class
+    pictures: dict  # each view -> path below Catalogue.folder, or a file's name without its ending
+    labels: dict = field(default_factory=dict)  # each task -> name of the class
     split: str = ""
     lesion_id: str = ""  # the name of its spot
     patient: str = ""
@@ -717,38 +718,29 @@ def classes_of(column, lesions, path):
     return tuple(names)
 
 
-def views_in(lines, path):
-    """The views of which an own CSV file names any picture, in the order of VIEWS."""
-    filled_columns = set()
+def filled_columns(lines):
+    """The columns in which any line has a text, in their order."""
+    filled = set()
     for line in lines:
-        filled_columns.update(filled_cells(line))
-    has_photo = filled_columns & set(VIEWS)
-    names = f"no column {' or '.join(VIEWS)} with photos; it has {', '.join(lines[0])}"
-    require(has_photo, f"{path}: {names}")
-    return tuple(view for view in (*VIEWS, "mask") if view in filled_columns)
+        filled.update(filled_cells(line))
+    return [column for column in lines[0] if column in filled]
 
 
 def read_pairs(paths, root):
     """An own CSV file: columns of pictures, case, split, lesion_id, patient, and METADATA.
 
-    Every other column is a task, and its texts are the classes. A lesion without a case gets one,
-    made of its pictures' names.
+    Every other column is a task, and its texts are the classes. A column without any text is left
+    out. A lesion without a case gets one, made of its pictures' names.
     """
     path = only_one(paths)
     lines = read_csv(path)
-    columns = list(lines[0])
-    views = views_in(lines, path)
+    columns = filled_columns(lines)
+    views = tuple(view for view in (*VIEWS, "mask") if view in columns)
+    has_photo = set(columns) & set(VIEWS)
+    names = f"no column {' or '.join(VIEWS)} with photos; it has {', '.join(columns)}"
+    require(has_photo, f"{path}: {names}")
     fact_columns = [column for column in columns if column in METADATA]
-    no_tasks = (
-        *VIEWS,
-        *fact_columns,
-        "mask",
-        "case",
-        "split",
-        "lesion_id",
-        "patient",
-        "patient_id",
-    )
+    no_tasks = (*views, *fact_columns, "case", "split", "lesion_id", "patient", "patient_id")
     task_columns = [column for column in columns if column not in no_tasks]
 
     lesions = []
@@ -798,7 +790,10 @@ READERS = [
 
 
 def fits(name, pattern):
-    """Whether a file's name, "a.csv" or "folder/a.csv", fits. Capitals count on every system."""
+    """Whether a file's name, "a.csv" or "folder/a.csv", fits. Capitals count on every system.
+
+    The pattern's folder stands for itself, or is "**": no folder or any.
+    """
     folder, _, file = name.rpartition("/")
     folder_pattern, _, file_pattern = pattern.rpartition("/")
     return folder_pattern in (folder, "**") and fnmatch.fnmatchcase(file, file_pattern)
@@ -893,7 +888,8 @@ def find_pictures(lesions, views, folder):
 
 THUMBNAIL_SIZE = 32  # pixels of a side; photos are compared by so small a picture
 # To be raised when `decode` gives other pixels: then the cache is made anew. But photo hashes
-# change with the pixels, so that earlier runs no longer recognise photos, only ids.
+# change with the pixels, so that earlier runs no longer recognise photos, only ids. (So it is if
+# another version of Pillow decodes otherwise.)
 DECODER_VERSION = 1
 
 
@@ -1088,7 +1084,7 @@ def group_lesions(lesions, photo_hashes):
 def make_split(labels, groups, kind, path):
     """A split (N,) for labels (N, T) and groups (N,), which stay together.
 
-    It is the same each time, as long as the lines of the table have the same order.
+    It is the same each time, as long as the same lesions come in the same order.
     It is stratified by the first task; the lesions without a label are spread like a class.
     """
     classes = np.zeros(len(groups), int)
@@ -1137,13 +1133,16 @@ def is_published_spc(labels, split):
 
 
 def left_without_split(lesions):
-    """Which lesions are in no split although others are: (N,) bool. If none is, no lesion."""
+    """Which lesions are in no split although others are: (N,) bool.
+
+    If no lesion is in one, all are False: a split is made later.
+    """
     lacks = np.array([lesion.split == "" for lesion in lesions], bool)
     return lacks & ~lacks.all()
 
 
 def left_without_label(lesions):
-    """Which lesions have no label at all although others do: (N,) bool. If none has, no lesion."""
+    """Which lesions have no label at all although others do: (N,) bool."""
     lacks = np.array([not any(lesion.labels.values()) for lesion in lesions], bool)
     return lacks & ~lacks.all()
 
@@ -1253,7 +1252,8 @@ def fingerprint_of(tasks, lesions, file_hashes):
     """A hash of what results depend on, except for masks and split. file_hashes: (N, photos).
 
     Lesions that can only be predicted do not count. So a release has one fingerprint, to train and
-    to predict, with and without masks (unless a lesion without its mask is left out).
+    to predict, with and without masks (unless a lesion without its mask is left out). Runs with one
+    fingerprint may still have different splits.
     """
     contents = [list(tasks.items())]
     can_train = ~(left_without_split(lesions) | left_without_label(lesions))
@@ -1615,7 +1615,7 @@ def draw_release(folder, cases, height, seed):
 def synthesize(folder, cases=1011, height=256, seed=0):
     """Draws a synthetic SPC, with masks. The folder is complete or not there.
 
-    If it is there already it stays as it is: delete it after a change in this section.
+    If it is there already it stays: delete it after a change in this section or of SPC_TEXTS.
     """
     folder = Path(folder)
     if (folder / "meta/meta.csv").is_file():

@@ -1852,4 +1852,9 @@ def test_main_prints_a_release_whose_task_has_no_label(tmp_path, capsys):
     for n in (1, 2, 3):
         change_cell(table, n, "lesion", "")
     data.main([str(tmp_path)])
-    assert "tasks, the columns of no other use: lesion" in capsys.readouterr().out
+    assert "no labels" in capsys.readouterr().out
+
+
+def test_a_column_without_any_text_is_no_task(tmp_path):
+    add_columns(make_pairs(tmp_path) / OWN, {"remarks": [""]})
+    assert list(data.read(tmp_path, SIZE).tasks) == ["lesion"]
