@@ -5,9 +5,9 @@ import os
 from functools import partial
 from unittest import mock
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # for small tensors one thread is the fastest; before torch is imported
-)
+# For small tensors one thread is the fastest. It must be set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import sklearn
 import torch
@@ -25,32 +25,35 @@ backbones.BACKBONES["convnext_mini"] = backbones.Backbone(
     head="classifier.2",
     published=None,
 )
-TINY = "--backbone convnext_mini --weights none --image-size 32 --batch-size 8 --device cpu --lr 1e-3".split()
-TINY += "--epochs 3 --swa-start 2".split()
+# The flags of finished_run. The top of test_train.py says what they mean.
+TINY = "--backbone convnext_mini --weights none --image-size 32 --batch-size 8 --lr 1e-3".split()
+TINY += "--epochs 3 --swa-start 2 --device cpu".split()
 FASTER_EVALUATION = {"RESAMPLES": 50, "STEPS": 6}  # instead of evaluate.py's 1000 and 20
 
 
-def close(ours, theirs, tolerance=1e-9):
-    """Fails with the largest difference, relative to the largest value, if it is above the tolerance."""
+def close(ours, expected, tolerance=1e-9):
+    """Fails if the largest difference, as a share of the largest expected value, is above the
+    tolerance. 1e-9 is what float64 allows after some layers; float32 allows about 1e-6.
+    """
     ours = torch.as_tensor(ours, dtype=torch.float64).detach()
-    theirs = torch.as_tensor(theirs, dtype=torch.float64).detach()
-    assert ours.shape == theirs.shape, f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
-    difference = (ours - theirs).abs()
-    scale = theirs.abs().max().clamp(min=1e-300)
+    expected = torch.as_tensor(expected, dtype=torch.float64).detach()
+    assert ours.shape == expected.shape, f"shapes {tuple(ours.shape)} and {tuple(expected.shape)}"
+    difference = (ours - expected).abs()
+    scale = expected.abs().max().clamp(min=1e-300)
     assert difference.max().isfinite(), "not finite"
-    assert difference.max() <= tolerance * scale, (
-        f"largest difference {difference.max() / scale:.2e} of the largest value, mean {difference.mean() / scale:.2e}"
-    )
+    largest, mean = difference.max() / scale, difference.mean() / scale
+    message = f"largest difference {largest:.2e} of the largest value, mean {mean:.2e}"
+    assert difference.max() <= tolerance * scale, message
 
 
 def randomise(module, seed=0, spread=0.05):
-    """Moves every parameter and batch-norm statistic away from its initial value, which hides mistakes: ConvNeXt's
-    layer scale starts at 1e-6, biases and the attention's values at 0."""
+    """Moves every parameter and batch-norm statistic away from its initial value, in place.
+
+    Initial values hide mistakes: ConvNeXt's layer scale starts at 1e-6, biases and the attention's
+    values at 0. Returns the module.
+    """
     generator = torch.Generator().manual_seed(seed)
-    computed = (
-        "relative_position_index",
-        "relative_coords_table",
-    )  # constants of Swin, not learned
+    computed = ("relative_position_index", "relative_coords_table")  # Swin's constants
     moved = set()  # a shared module stands in the state dict under two names
     for name, value in module.state_dict().items():
         if not value.is_floating_point() or name.endswith(computed) or value.data_ptr() in moved:
@@ -61,13 +64,28 @@ def randomise(module, seed=0, spread=0.05):
     return module
 
 
+def as_if_trained(module, spread=0.05):
+    """The module randomised, in float64 and in evaluation mode."""
+    return randomise(module, spread=spread).double().eval()
+
+
 def without_init():
-    """In this context networks begin with zeros. To draw their initial values takes longer than most of the tests."""
-    names = (
-        "normal_ uniform_ trunc_normal_ xavier_uniform_ kaiming_normal_ kaiming_uniform_".split()
+    """In this context networks begin with zeros. To draw their initial values takes longer than
+    most of the tests.
+    """
+
+    def zeros(tensor, *_, **__):
+        return nn.init.zeros_(tensor)
+
+    return mock.patch.multiple(
+        nn.init,
+        normal_=zeros,
+        uniform_=zeros,
+        trunc_normal_=zeros,
+        xavier_uniform_=zeros,
+        kaiming_normal_=zeros,
+        kaiming_uniform_=zeros,
     )
-    zeros = {name: lambda tensor, *_, **__: nn.init.zeros_(tensor) for name in names}
-    return mock.patch.multiple(nn.init, **zeros)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +98,10 @@ def spc_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs_csv(spc_folder):
-    """40 of these lesions as an own CSV file, 16 / 10 / 14: two tasks, masks and words. The other 20: new.csv."""
+    """40 of these lesions as an own CSV file, 16 / 10 / 14, with two tasks, masks and words.
+
+    The other 20 are new.csv beside it.
+    """
     with open(spc_folder / "meta" / "meta.csv", newline="") as file:
         lesions = list(csv.DictReader(file))
     rows = []
@@ -92,7 +113,8 @@ def pairs_csv(spc_folder):
                 diagnosis = name
         clinical, dermoscopy = f"spc/images/{lesion['clinic']}", f"spc/images/{lesion['derm']}"
         mask = f"spc/images/derm{n:04}_segmentation.png"
-        about = (lesion["sex"], 10 * (n % 9), diagnosis, lesion["blue_whitish_veil"])
+        age = (45, 70)[n % 2]  # two ages only: each subgroup of the test split is measured
+        about = (lesion["sex"], age, diagnosis, lesion["blue_whitish_veil"])
         rows.append((n, clinical, dermoscopy, mask, split, *about))
     columns = ["case", "clinical", "dermoscopy", "mask", "split", "sex", "age", "diagnosis", "veil"]
     for name, part in (("pairs", rows[:40]), ("new", rows[40:])):

@@ -1,11 +1,18 @@
-"""The encoders against torchvision's networks, in float64.
+"""The encoders against torchvision's networks: the second half of what backbones.py teaches.
+
+What there is to believe: each encoder, with the published weights' names, computes what
+torchvision's network computes, forwards and backwards, and its four maps have the shapes of the
+table in backbones.py. From "weights" on, the tests are regression nets for files that fit or do not
+fit; a reader of the method can skip them.
 
 Every parameter and every statistic of batch norm is moved away from its first value before two
 networks are compared. With first values most mistakes would not show: ConvNeXt's layer scale starts
 at 1e-6, biases at 0.
+
+close(ours, expected, tolerance) of conftest.py fails if the largest difference, as a share of the
+largest expected value, is above the tolerance. Without one it is 1e-9: rounding in float64.
 """
 
-import copy
 import re
 from functools import lru_cache
 from unittest import mock
@@ -59,7 +66,7 @@ def make_every_layer_matter(twin):
         norm.momentum = 1.0  # keeps the statistics of the last batch alone
     if norms:  # statistics of a real batch, or the signal would die on its way
         with torch.no_grad():
-            twin.train()(torch.randn(8, 3, 64, 64))
+            twin.train()(torch.randn(8, 3, 32, 32))
 
 
 @lru_cache  # to build a network takes longer than most of the tests
@@ -85,52 +92,52 @@ def test_all_backbones_are_tested():
 # ------------------------------------------------------------------------ equal to torchvision
 
 
-@pytest.mark.parametrize("name", NAMES)
+# convnext_t has the code of convnext_atto with other numbers: its logits are compared further down.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "convnext_t"])
 def test_logits_and_gradients_equal_torchvisions(name):
-    """With sides at which Swin pads its windows and its merging, and shifts in one direction only.
+    """The gradients are those of a random weighted sum of the logits, by photo and by parameters.
 
-    Large matrices are left out of the gradients, for speed. The first stage has one of each kind.
+    The photo's sides are such that Swin pads its windows and its merging, and shifts in one
+    direction only. Large matrices are left out of the gradients, for speed; the first stage has one
+    of each kind.
     """
     twin, encoder = pair(name)
-    photos = random_photos(2, 3, 37, 69).requires_grad_()
-    expected = twin(photos)
-    found = logits(twin, encoder, photos)
+    photo = random_photos(1, 3, 37, 69).requires_grad_()
+    expected = twin(photo)
+    found = logits(twin, encoder, photo)
     close(found, expected)
-    difference = (expected[0] - expected[1]).abs().max() / expected.abs().max()
-    assert difference > 1e-3, "the logits do not depend on the photo"
 
     theirs = dict(twin.named_parameters())
     ours = dict(encoder.named_parameters())
     names = [key for key, value in ours.items() if value.numel() < 100_000]
     direction = torch.randn_like(expected)
-    expected = torch.autograd.grad(
-        (expected * direction).sum(), [photos] + [theirs[key] for key in names]
-    )
-    found = torch.autograd.grad((found * direction).sum(), [photos] + [ours[key] for key in names])
-    for one, other in zip(found, expected, strict=True):
+    their_sum = (expected * direction).sum()
+    our_sum = (found * direction).sum()
+    their_gradients = torch.autograd.grad(their_sum, [photo] + [theirs[key] for key in names])
+    our_gradients = torch.autograd.grad(our_sum, [photo] + [ours[key] for key in names])
+    for one, other in zip(our_gradients, their_gradients, strict=True):
         close(one, other)
+    assert their_gradients[0].any(), "the logits do not depend on the photo"
 
 
-@pytest.mark.parametrize("name", ["swin_v2_t", "swin_t"])
-@pytest.mark.parametrize("H, W", [(56, 56), (64, 64), (33, 32)])
-def test_swin_equals_torchvision_at_other_sizes(name, H, W):
-    """Maps that Swin's windows fit (56), Swin V2's windows (64), and maps of a single window."""
+@pytest.mark.parametrize(
+    "name, H, W",
+    [
+        ("swin_t", 56, 56),  # first map 14 x 14: two windows of 7 x 7 a side, no padding
+        ("swin_v2_t", 64, 64),  # first map 16 x 16: two windows of 8 x 8 a side
+        ("swin_t", 33, 32),  # each map fits into one window
+        ("swin_v2_t", 33, 32),
+        ("convnext_t", 33, 64),
+    ],
+)
+def test_logits_equal_torchvisions_at_other_sizes(name, H, W):
     twin, encoder = pair(name)
     photos = random_photos(1, 3, H, W)
     with torch.no_grad():
         close(logits(twin, encoder, photos), twin(photos))
 
 
-WRONG_LAYERS = [
-    ("swin_t", nn.GELU, nn.ReLU()),
-    ("convnext_atto", nn.GELU, nn.ReLU()),
-    ("mobilenet_v2", nn.ReLU6, nn.ReLU()),
-]
-WRONG_EPSILONS = [
-    ("swin_t", nn.LayerNorm, 1e-6),
-    ("convnext_atto", nn.LayerNorm, 1e-5),
-    ("mobilenet_v2", nn.BatchNorm2d, 1e-3),
-]
+# Would the comparison see a small mistake? In the next two tests one is made on purpose.
 
 
 def assert_difference_is_seen(twin, encoder):
@@ -139,31 +146,44 @@ def assert_difference_is_seen(twin, encoder):
         close(logits(twin, encoder, photos), twin(photos), tolerance=1e-7)
 
 
+WRONG_LAYERS = [
+    ("swin_t", nn.GELU, nn.ReLU()),
+    ("convnext_atto", nn.GELU, nn.ReLU()),
+    ("mobilenet_v2", nn.ReLU6, nn.ReLU()),
+]
+
+
 @pytest.mark.parametrize("name, kind, wrong", WRONG_LAYERS)
-def test_a_wrong_activation_would_be_seen(name, kind, wrong):
+def test_a_wrong_activation_would_be_seen(name, kind, wrong, monkeypatch):
     twin, encoder = pair(name)
-    encoder = copy.deepcopy(encoder)
     for module in list(encoder.modules()):
-        for key, child in module.named_children():
+        for key, child in list(module.named_children()):
             if isinstance(child, kind):
-                setattr(module, key, wrong)
+                monkeypatch.setitem(module._modules, key, wrong)  # until the test ends
     assert_difference_is_seen(twin, encoder)
+
+
+WRONG_EPSILONS = [
+    ("swin_t", nn.LayerNorm, 1e-6),
+    ("convnext_atto", nn.LayerNorm, 1e-5),
+    ("mobilenet_v2", nn.BatchNorm2d, 1e-3),
+]
 
 
 @pytest.mark.parametrize("name, kind, wrong", WRONG_EPSILONS)
-def test_a_wrong_epsilon_would_be_seen(name, kind, wrong):
+def test_a_wrong_epsilon_would_be_seen(name, kind, wrong, monkeypatch):
     twin, encoder = pair(name)
-    encoder = copy.deepcopy(encoder)
     for module in encoder.modules():
         if isinstance(module, kind):
-            module.eps = wrong
+            monkeypatch.setattr(module, "eps", wrong)
     assert_difference_is_seen(twin, encoder)
 
 
-@pytest.mark.parametrize("name", WRITTEN_OUT)
+@pytest.mark.parametrize("name", ["swin_v2_t", "swin_t", "convnext_atto"])
 def test_stochastic_depth_draws_as_torchvision_does(name):
+    """In training each block is left out of some photos, by chance: here by the same chance."""
     twin, encoder = pair(name)
-    photos = random_photos(4, 3, 32, 32)
+    photos = random_photos(3, 3, 32, 32)
     with torch.no_grad():
         torch.manual_seed(1)
         expected = twin.train()(photos)
@@ -210,7 +230,8 @@ def test_random_weights_and_buffers_are_as_torchvisions(name):
 
 # ------------------------------------------------------------------------------- the interface
 
-# Of photos of 102 x 64 pixels, as the top of the file says: C_0, H_0, (C_1 to C_4), (H_1 to H_4)
+# Of photos of 102 x 32 pixels, as the top of backbones.py says:
+# C_0, H_0, (C_1 to C_4), (H_1 to H_4)
 MAPS = {
     "swin_v2_t": (96, 25, (96, 192, 384, 768), (25, 13, 7, 4)),
     "swin_t": (96, 25, (96, 192, 384, 768), (25, 13, 7, 4)),
@@ -223,11 +244,11 @@ MAPS = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_interface(name):
+def test_the_maps_have_the_shapes_of_the_table(name):
     _, encoder = pair(name)
     stem_channels, stem_height, channels, heights = MAPS[name]
     assert encoder.channels == channels
-    photos = random_photos(1, 3, 102, 64)
+    photos = random_photos(1, 3, 102, 32)
     with torch.no_grad():
         maps = encoder(photos)
         pooled = encoder.pool(maps[3])
@@ -238,11 +259,12 @@ def test_interface(name):
             assert torch.equal(x, maps[i])
             assert x.shape[:3] == (1, channels[i], heights[i])
     widths = [one_map.shape[3] for one_map in maps]
-    assert widths == ([8, 4, 2, 2] if name == "densenet201" else [16, 8, 4, 2])
+    assert widths == ([4, 2, 1, 1] if name == "densenet201" else [8, 4, 2, 1])
     assert pooled.shape == (1, channels[3])
 
 
-# The paper and torchvision count the 1000-class ImageNet classifier
+# The paper and torchvision count the 1000-class ImageNet classifier. Of the paper's encoders only
+# Swin V2 fits its tables (test_model.py compares their printed numbers).
 PARAMETERS = {
     "swin_v2_t": 28_351_570,
     "swin_t": 28_288_354,
@@ -277,7 +299,17 @@ def test_shift_mask_of_the_docstring():
                 assert mask[n, 0, i, j] == expected
 
 
+# The tutorial ends here. The regression nets that follow guard how weights are read.
+
 # ------------------------------------------------------------------------------------- weights
+
+
+def small_network():
+    """A state dict as a file holds it: a small encoder and a classifier."""
+    state = backbones.build_encoder("convnext_mini").state_dict()
+    state["classifier.2.weight"] = torch.zeros(1000, 32)
+    state["classifier.2.bias"] = torch.zeros(1000)
+    return state
 
 
 def test_a_state_dict_itself_is_loaded():
@@ -292,15 +324,15 @@ def test_a_state_dict_itself_is_loaded():
 
 def test_the_classifier_that_is_left_out_is_said(tmp_path, capsys):
     path = tmp_path / "weights.pth"
-    state = pair("convnext_atto")[0].state_dict()
+    state = small_network()
     torch.save(state, path)
-    backbones.build_encoder("convnext_atto", path)
+    backbones.build_encoder("convnext_mini", path)
     said = f"{path}: loaded without its classifier, classifier.2\n"
     assert capsys.readouterr().out == said
 
     del state["classifier.2.weight"], state["classifier.2.bias"]
     torch.save(state, path)
-    backbones.build_encoder("convnext_atto", path)
+    backbones.build_encoder("convnext_mini", path)
     assert capsys.readouterr().out == ""
 
 
@@ -358,18 +390,18 @@ MISFITS = [
 @pytest.mark.parametrize("change, says", MISFITS)
 def test_weights_that_do_not_fit_are_named(change, says, tmp_path):
     path = tmp_path / "changed.pth"
-    state = pair("convnext_atto")[0].state_dict()
+    state = small_network()
     change(state)
     torch.save(state, path)
     with pytest.raises(backbones.WeightsError) as error:
-        backbones.build_encoder("convnext_atto", path)
+        backbones.build_encoder("convnext_mini", path)
     message = str(error.value)
-    assert message.startswith(f"{path} does not fit convnext_atto: ")
+    assert message.startswith(f"{path} does not fit convnext_mini: ")
     assert says in message
     assert len(message) < 2000
 
-    with pytest.raises(backbones.WeightsError, match="the state dict does not fit convnext_atto"):
-        backbones.build_encoder("convnext_atto", state)
+    with pytest.raises(backbones.WeightsError, match="the state dict does not fit convnext_mini"):
+        backbones.build_encoder("convnext_mini", state)
 
 
 class Code:
@@ -432,7 +464,7 @@ def test_download_uses_its_cache_and_explains_its_failure(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=URLError("no network")))
     folder = tmp_path / "hub" / "checkpoints"
     file = "mobilenet_v2-b0353104.pth"
-    with pytest.raises(backbones.WeightsError) as error:
+    with without_init(), pytest.raises(backbones.WeightsError) as error:
         backbones.build_encoder("mobilenet_v2", "imagenet")
     for says in ("no network", file, str(folder), "--weights none"):
         assert says in str(error.value)
@@ -440,9 +472,11 @@ def test_download_uses_its_cache_and_explains_its_failure(tmp_path, monkeypatch)
     twin, encoder = pair("mobilenet_v2")
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(twin.state_dict(), folder / file)
-    loaded = backbones.build_encoder("mobilenet_v2", "imagenet")
+    with without_init():
+        loaded = backbones.build_encoder("mobilenet_v2", "imagenet")
     close(loaded.features[18][0].weight, encoder.features[18][0].weight, tolerance=1e-6)
 
     (folder / file).write_bytes(b"half")
-    with pytest.raises(backbones.WeightsError, match="no ImageNet weights for mobilenet_v2"):
+    expected = "no ImageNet weights for mobilenet_v2"
+    with without_init(), pytest.raises(backbones.WeightsError, match=expected):
         backbones.build_encoder("mobilenet_v2", "imagenet")

@@ -7,6 +7,11 @@ what builds and loads networks; a reader of the method can skip them.
 
 Shapes: B lesions, T tasks, n_t classes of task t, C_i channels after stage i. The encoder is almost
 always "convnext_mini" of conftest.py, which has one small block a stage.
+
+close(ours, expected, tolerance) of conftest.py fails if the largest difference, as a share of the
+largest expected value, is above the tolerance. Without one it is 1e-9: rounding in float64.
+as_if_trained(network) of conftest.py moves each parameter from its first value, which would hide
+mistakes, and puts the network into float64 and evaluation mode.
 """
 
 from argparse import Namespace
@@ -19,7 +24,7 @@ from torch import nn
 
 import backbones
 import model
-from conftest import close, randomise, without_init
+from conftest import as_if_trained, close, randomise, without_init
 from loss import biased_loss, equal_loss
 from model import (
     AMMFM,
@@ -57,16 +62,11 @@ def convnext_light(monkeypatch):
     monkeypatch.setitem(backbones.BACKBONES, "convnext_light", light)
 
 
-def randomised(network):
-    """The network in float64 and evaluation mode, with nothing left at its initial value."""
-    return randomise(network).double().eval()
-
-
 def small_pemm(encoder="shared", fusion="sca", classifiers="separate"):
     network = PEMM(
         "convnext_mini", NUM_CLASSES, encoder=encoder, fusion=fusion, classifiers=classifiers
     )
-    return randomised(network)
+    return as_if_trained(network)
 
 
 def random_photos(B=2):
@@ -110,7 +110,7 @@ def gradients_as_vector(outputs, inputs):
 
 def test_a_classifier_layer_by_layer():
     """In evaluation: dropout does nothing, batch norm takes its running statistics."""
-    classifier = randomised(Classifier(6, NUM_CLASSES))
+    classifier = as_if_trained(Classifier(6, NUM_CLASSES))
     first, first_norm, _, _, second, second_norm, _, _ = classifier.body
     features = torch.randn(4, 6, dtype=torch.float64)
     x = features
@@ -194,15 +194,18 @@ def test_every_branch_answers_every_task():
         assert [task_logits.shape for task_logits in logits] == [(4, 3), (4, 2)]
 
 
-def photos_behind(network, branch):
-    """The photos on which the logits of a branch depend."""
+def photos_behind(network):
+    """The photos on which the logits of each branch depend: branch -> a set of photos."""
     batch = random_batch()
-    total = sum_of_squares(network(batch)[branch])
-    gradients = torch.autograd.grad(total, list(batch.values()), allow_unused=True)
-    photos = set()
-    for photo, gradient in zip(batch, gradients):
-        if gradient is not None and gradient.any():
-            photos.add(photo)
+    photos = {}
+    for branch, logits in network(batch).items():
+        gradients = torch.autograd.grad(
+            sum_of_squares(logits), list(batch.values()), retain_graph=True, allow_unused=True
+        )
+        photos[branch] = set()
+        for photo, gradient in zip(batch, gradients):
+            if gradient is not None and gradient.any():
+                photos[branch].add(photo)
     return photos
 
 
@@ -212,17 +215,14 @@ BOTH = {"clinical", "dermoscopy"}
 @pytest.mark.parametrize("row", ["baseline", "PS"])
 def test_without_attention_only_the_fusion_branch_sees_both_photos(row):
     network = small_pemm(**ROWS[row])
-    assert photos_behind(network, "clinical") == {"clinical"}
-    assert photos_behind(network, "dermoscopy") == {"dermoscopy"}
-    assert photos_behind(network, "fusion") == BOTH
+    expected = {"clinical": {"clinical"}, "dermoscopy": {"dermoscopy"}, "fusion": BOTH}
+    assert photos_behind(network) == expected
 
 
 @pytest.mark.parametrize("row", ["PS + CA", "PEMM", "PEMM, shared classifiers"])
 def test_with_attention_every_branch_sees_both_photos(row):
     network = small_pemm(**ROWS[row])
-    assert photos_behind(network, "clinical") == BOTH
-    assert photos_behind(network, "dermoscopy") == BOTH
-    assert photos_behind(network, "fusion") == BOTH
+    assert photos_behind(network) == {"clinical": BOTH, "dermoscopy": BOTH, "fusion": BOTH}
 
 
 def test_a_new_attention_changes_nothing():
@@ -319,7 +319,7 @@ def test_one_batch_of_both_photos_is_the_same_as_two_passes(row):
 
 @pytest.mark.parametrize("modality", ["clinical", "dermoscopy"])
 def test_one_modality_is_one_encoder_and_one_classifier(modality):
-    network = randomised(OneModality("convnext_mini", NUM_CLASSES, modality=modality))
+    network = as_if_trained(OneModality("convnext_mini", NUM_CLASSES, modality=modality))
     assert network.inputs == (modality,)
     batch = random_batch()
     x = network.encoder.stem(batch[modality])
@@ -331,52 +331,53 @@ def test_one_modality_is_one_encoder_and_one_classifier(modality):
 
 # ---------------------------------------------------------------- the paper's numbers of parameters
 
-SPC = (5, 3, 3, 3, 2, 3, 2, 3)  # 24 outputs
-COUNTS = {  # Tables 3, 5, 6 and 8; the paper prints them in millions with two digits
+SPC = (5, 3, 3, 3, 2, 3, 2, 3)  # classes of the eight tasks, 24 outputs
+# Tables 3, 5, 6 and 8: our parameters, and the paper's millions where it prints them.
+COUNTS = {
     "swin_v2_t": {
-        "encoder": 28_351_570,
-        "one modality": 28_815_338,
-        "baseline": 58_487_660,
-        "PS": 30_136_090,
-        "PS + CA": 32_098_090,
-        "PEMM": 31_117_090,
-        "PEMM, shared classifiers": 30_653_322,
+        "encoder": (28_351_570, None),
+        "one modality": (28_815_338, "28.82"),
+        "baseline": (58_487_660, "58.49"),
+        "PS": (30_136_090, "30.14"),
+        "PS + CA": (32_098_090, "32.10"),
+        "PEMM": (31_117_090, "31.12"),
+        "PEMM, shared classifiers": (30_653_322, "30.65"),
     },
-    "swin_t": {
-        "encoder": 28_288_354,
-        "one modality": 28_752_122,
-        "baseline": 58_361_228,
-        "PS": 30_072_874,
-        "PS + CA": 32_034_874,
-        "PEMM": 31_053_874,
-        "PEMM, shared classifiers": 30_590_106,
+    "swin_t": {  # not the paper's
+        "encoder": (28_288_354, None),
+        "one modality": (28_752_122, None),
+        "baseline": (58_361_228, None),
+        "PS": (30_072_874, None),
+        "PS + CA": (32_034_874, None),
+        "PEMM": (31_053_874, None),
+        "PEMM, shared classifiers": (30_590_106, None),
     },
     "convnext_t": {
-        "encoder": 28_589_128,
-        "one modality": 29_052_896,
-        "baseline": 58_962_776,
-        "PS": 30_373_648,
-        "PS + CA": 32_335_648,
-        "PEMM": 31_354_648,
-        "PEMM, shared classifiers": 30_890_880,
+        "encoder": (28_589_128, None),
+        "one modality": (29_052_896, "29.05"),
+        "baseline": (58_962_776, "58.96"),
+        "PS": (30_373_648, None),
+        "PS + CA": (32_335_648, None),
+        "PEMM": (31_354_648, "31.35"),
+        "PEMM, shared classifiers": (30_890_880, None),
     },
     "resnet50": {
-        "encoder": 25_557_032,
-        "one modality": 26_676_160,
-        "baseline": 55_520_024,
-        "PS": 29_962_992,
-        "PS + CA": 43_898_992,
-        "PEMM": 36_930_992,
-        "PEMM, shared classifiers": 35_811_864,
+        "encoder": (25_557_032, None),
+        "one modality": (26_676_160, "26.68"),
+        "baseline": (55_520_024, "55.52"),
+        "PS": (29_962_992, None),
+        "PS + CA": (43_898_992, None),
+        "PEMM": (36_930_992, "36.93"),
+        "PEMM, shared classifiers": (35_811_864, None),
     },
     "densenet201": {
-        "encoder": 20_013_928,
-        "one modality": 21_067_520,  # the paper prints 20.17, two digits exchanged
-        "baseline": 44_171_672,
-        "PS": 24_157_744,
-        "PS + CA": 35_593_584,
-        "PEMM": 29_875_664,
-        "PEMM, shared classifiers": 28_822_072,
+        "encoder": (20_013_928, None),
+        "one modality": (21_067_520, "21.07"),  # the paper prints 20.17: two digits exchanged
+        "baseline": (44_171_672, "44.17"),
+        "PS": (24_157_744, None),
+        "PS + CA": (35_593_584, None),
+        "PEMM": (29_875_664, "29.88"),
+        "PEMM, shared classifiers": (28_822_072, None),
     },
 }
 
@@ -394,11 +395,19 @@ def network_of(row, backbone, num_classes=SPC):
 
 @pytest.mark.parametrize("backbone", COUNTS)
 def test_every_parameter_of_the_paper_is_there(backbone):
-    found = {}
-    for row in COUNTS[backbone]:
-        network = network_of(row, backbone)
-        found[row] = count_parameters(network, as_in_paper=True)
-    assert found == COUNTS[backbone]
+    for row, (expected, printed) in COUNTS[backbone].items():
+        found = count_parameters(network_of(row, backbone), as_in_paper=True)
+        assert found == expected, row
+        if printed is not None:
+            assert f"{found / 1e6:.2f}" == printed, row
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_papers_swin_is_not_the_first_version(row):
+    """ "SwinTransformer (Tiny)" could be Swin or Swin V2; only V2 gives the paper's digits."""
+    found, _ = COUNTS["swin_t"][row]
+    _, printed = COUNTS["swin_v2_t"][row]
+    assert f"{found / 1e6:.2f}" != printed
 
 
 @pytest.mark.parametrize(
@@ -436,6 +445,9 @@ def test_each_encoder_has_one_idle_classifier(row, encoders):
     assert idle == encoders * 769_000
 
 
+# The tutorial ends here. The regression nets that follow guard PEMM's details, its relatives, and
+# what builds and loads networks.
+
 # --------------------------------------------------------------------------------------- regression
 
 
@@ -446,8 +458,9 @@ def test_main_prints_the_papers_millions_beside_ours(capsys):
     lines = capsys.readouterr().out.splitlines()[1:]
     for line, row in zip(lines, ROWS, strict=True):
         paper, _, ours, _ = line[26:].split()
-        assert int(ours.replace(",", "")) == COUNTS["swin_v2_t"][row]
-        assert f"{COUNTS['swin_v2_t'][row] / 1e6:.2f}" == paper
+        expected, printed = COUNTS["swin_v2_t"][row]
+        assert int(ours.replace(",", "")) == expected
+        assert paper == printed
 
 
 @pytest.mark.parametrize(
@@ -466,7 +479,7 @@ def test_with_batch_norm_each_photo_goes_alone(backbone, one_batch):
     assert network_of("PEMM", backbone).one_batch == one_batch
 
 
-@pytest.mark.parametrize("backbone", ["swin_v2_t", "convnext_atto", "mobilenet_v2"])
+@pytest.mark.parametrize("backbone", ["convnext_atto", "mobilenet_v2"])
 def test_photos_may_have_any_size(backbone):
     with without_init():
         network = PEMM(backbone, SPC).eval()
@@ -535,10 +548,9 @@ def small_ammfm():
 
 
 def test_in_ammfm_dermoscopy_reads_clinical_and_nothing_flows_back():
-    network = randomised(small_ammfm())
-    assert photos_behind(network, "clinical") == {"clinical"}
-    assert photos_behind(network, "dermoscopy") == BOTH
-    assert photos_behind(network, "fusion") == BOTH
+    network = as_if_trained(small_ammfm())
+    expected = {"clinical": {"clinical"}, "dermoscopy": BOTH, "fusion": BOTH}
+    assert photos_behind(network) == expected
 
 
 def test_a_new_ammfm_is_two_encoders_side_by_side():
@@ -550,7 +562,7 @@ def test_a_new_ammfm_is_two_encoders_side_by_side():
 @pytest.mark.parametrize("stage", range(4))
 def test_ammfm_has_an_attention_after_each_stage(stage):
     """With the values of all other stages at zero the answers still depend on this one's."""
-    network = randomised(small_ammfm())
+    network = as_if_trained(small_ammfm())
     batch = random_batch()
     for i in range(4):
         if i != stage:
@@ -576,7 +588,8 @@ def test_ammfm_takes_encoders_with_other_channels_and_maps():
 def test_ammfm_is_smaller_than_two_equal_encoders(backbone):
     with without_init(), torch.device("meta"):
         network = AMMFM(backbone)  # with mobilenet_v2
-    assert count_parameters(network, as_in_paper=True) < COUNTS[backbone]["baseline"]
+    baseline, _ = COUNTS[backbone]["baseline"]
+    assert count_parameters(network, as_in_paper=True) < baseline
 
 
 # ---------------------------------------------------------------------------------------------- MAT
@@ -586,11 +599,11 @@ UNITS = ("none", "sa-sa", "sa-sga", "sga-sa", "sga-sga")
 
 def small_mat(unit):
     """With a vocabulary of nine words, and tokens of 32 numbers."""
-    return randomised(MAT("convnext_mini", NUM_CLASSES, 9, unit=unit, width=32))
+    return as_if_trained(MAT("convnext_mini", NUM_CLASSES, 9, unit=unit, width=32))
 
 
 def test_an_attention_block_guided_by_itself_is_torchs_encoder_layer():
-    block = randomised(AttentionBlock(32, num_heads=4, dropout=0.1))
+    block = as_if_trained(AttentionBlock(32, num_heads=4, dropout=0.1))
     twin = nn.TransformerEncoderLayer(32, 4, dim_feedforward=128, batch_first=True)
     twin.double().eval()
     their_names = {"attention": "self_attn", "feed_forward.0": "linear1"}
@@ -618,7 +631,7 @@ def test_an_attention_block_guided_by_itself_is_torchs_encoder_layer():
 
 def test_an_attention_block_by_hand():
     """One head of width 4 reads six tokens of a guide: softmax(q k^T / 2) v, then the MLP."""
-    block = randomised(AttentionBlock(4, num_heads=1, dropout=0.1))
+    block = as_if_trained(AttentionBlock(4, num_heads=1, dropout=0.1))
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     guide = torch.randn(2, 6, 4, dtype=torch.float64)
     query_weight, key_weight, value_weight = block.attention.in_proj_weight.split(4)
@@ -832,7 +845,7 @@ def test_clnets_encoders_help_each_other(branch):
 
 @pytest.mark.parametrize("i", range(4))
 def test_a_corner_of_each_map_changes_that_corner_of_the_mask(i):
-    decoder = randomised(Decoder((8, 16, 24, 32)))
+    decoder = as_if_trained(Decoder((8, 16, 24, 32)))
     maps = []
     for channels, side in ((8, 64), (16, 32), (24, 16), (32, 8)):
         maps.append(torch.randn(1, channels, side, side, dtype=torch.float64))
