@@ -10,7 +10,8 @@ networks are compared. With first values most mistakes would not show: ConvNeXt'
 at 1e-6, biases at 0.
 
 close(ours, expected, tolerance) of conftest.py fails if the largest difference, as a share of the
-largest expected value, is above the tolerance. Without one it is 1e-9: rounding in float64.
+largest expected value, is above the tolerance. Without one it is 1e-9, which suits float64; float32
+needs 1e-6.
 """
 
 import re

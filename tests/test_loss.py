@@ -7,8 +7,8 @@ choice between the losses; a reader of the method can skip them.
 Shapes: B lesions, T tasks, n_t classes of task t.
 
 close(ours, expected, tolerance) of conftest.py fails if the largest difference, as a share of the
-largest expected value, is above the tolerance. Without one it is 1e-9: rounding in float64.
-In float32 it is 1e-6.
+largest expected value, is above the tolerance. Without one it is 1e-9, which suits float64; float32
+needs 1e-6.
 """
 
 import math

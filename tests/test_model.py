@@ -9,7 +9,8 @@ Shapes: B lesions, T tasks, n_t classes of task t, C_i channels after stage i. T
 always "convnext_mini" of conftest.py, which has one small block a stage.
 
 close(ours, expected, tolerance) of conftest.py fails if the largest difference, as a share of the
-largest expected value, is above the tolerance. Without one it is 1e-9: rounding in float64.
+largest expected value, is above the tolerance. Without one it is 1e-9, which suits float64; float32
+needs 1e-6.
 as_if_trained(network) of conftest.py moves each parameter from its first value, which would hide
 mistakes, and puts the network into float64 and evaluation mode.
 """
@@ -333,6 +334,7 @@ def test_one_modality_is_one_encoder_and_one_classifier(modality):
 
 SPC = (5, 3, 3, 3, 2, 3, 2, 3)  # classes of the eight tasks, 24 outputs
 # Tables 3, 5, 6 and 8: our parameters, and the paper's millions where it prints them.
+# A network with a further branch has more: give it a row of its own, these are the paper's.
 COUNTS = {
     "swin_v2_t": {
         "encoder": (28_351_570, None),

@@ -8,7 +8,8 @@ and the fast twins of `attention` follow; a reader of the method can skip them.
 Shapes: B lesions, C channels, H x W the size of a map, N = H * W its places, d = C/8.
 
 close(ours, expected, tolerance) of conftest.py fails if the largest difference, as a share of the
-largest expected value, is above the tolerance. Without one it is 1e-9: rounding in float64.
+largest expected value, is above the tolerance. Without one it is 1e-9, which suits float64; float32
+needs 1e-6.
 as_if_trained(module) of conftest.py moves each parameter from its first value: else the attention
 would add nothing, because its values start at zero.
 """
