@@ -197,7 +197,7 @@ def search_weights(branches, labels, tasks):
     The paper (Sec. 4.1, after Tang et al. 2022) takes the most accurate ones. Many others are less
     accurate by no more than chance. So the answer takes, of all that are within one standard error
     of the best, the most even ones (not in the paper: averages of several branches vary less). On
-    test lesions the AUC rose by 0.2 points in the demo and by 0.1 on MILK10k. The accuracy may
+    test lesions the AUC rose by 0.2 points in the demo and by 0.3 on MILK10k. The accuracy may
     fall, because this rule is generous: the difference of two accuracies on the same lesions is
     known more precisely than each of them.
 
