@@ -294,6 +294,15 @@ def test_both_choices_on_an_example():
     assert sorted(weights.values()) == [0.3, 0.35, 0.35]
 
 
+def test_each_branch_gets_its_own_weight():
+    """Only clinical knows the class, and the others are surely wrong: it needs 0.8 to be heard."""
+    labels = np.zeros((20, 1), int)
+    branches = {"clinical": np.array([RIGHT] * 20)}
+    branches["dermoscopy"] = branches["fusion"] = np.array([SURELY_WRONG] * 20)
+    for weights in evaluate.search_weights(branches, labels, {"DIAG": ("a", "b")}):
+        assert weights == {"clinical": 0.8, "dermoscopy": 0.1, "fusion": 0.1}
+
+
 def test_lesions_without_a_label_do_not_change_the_choice():
     """Neither the accuracy nor its standard error counts them."""
     labels, branches = sixteen_lesions()
