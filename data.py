@@ -1289,8 +1289,7 @@ def read(path, size=128, cache="runs/cache", to_train=True, masks=False, vocabul
     """
     path = Path(path).expanduser().resolve()
     catalogue = read_tables(path)
-    all_have_masks = count_masks(catalogue) == len(catalogue.lesions)
-    reads_masks = masks and (to_train or all_have_masks)
+    reads_masks = masks and (to_train or count_masks(catalogue) == len(catalogue.lesions))
     views = tuple(view for view in catalogue.views if view != "mask" or reads_masks)
     lesions, notes = choose_lesions(catalogue, views, to_train)
     require(lesions, f"{path}: no lesion can be used. {'; '.join(notes)}")

@@ -30,6 +30,7 @@ import shared_attention
 import train
 from loss import biased_loss, make_criterion
 from test_backbones import last_linear, torchvision_twin
+from test_shared_attention import bytes_kept
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MIB = 2**20
@@ -133,24 +134,6 @@ def random_tokens(images, side, channels, dtype):
         x = torch.randn(images, side**2, width, device=DEVICE, dtype=dtype)
         tokens.append(x.requires_grad_())
     return tokens
-
-
-def bytes_kept(function, tokens):
-    """What autograd keeps of an attention between forward and backward."""
-    kept = {}  # a storage may be kept twice: address -> bytes
-
-    def keep(x):
-        storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    def give_back(x):
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
-        out = function(*tokens)
-    out.sum().backward()
-    return sum(kept.values())
 
 
 def attention(args):

@@ -423,11 +423,8 @@ def test_blocks_in_bfloat16_are_as_exact_as_the_plain_formula(monkeypatch):
     assert of_blocks < 1.1 * of_formula
 
 
-def kept_bytes(side):
-    """How much fast_attention on side x side places keeps for the backward pass."""
-    q = torch.randn(1, side**2, 4, requires_grad=True)
-    k = torch.randn(1, side**2, 4, requires_grad=True)
-    v = torch.randn(1, side**2, 32, requires_grad=True)
+def bytes_kept(function, tensors):
+    """How much autograd keeps of a function for the backward pass. benchmark.py prints it too."""
     sizes = {}  # storage -> bytes: views of one tensor count once
 
     def keep(tensor):
@@ -439,9 +436,17 @@ def kept_bytes(side):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, unchanged):
-        result = fast_attention(q, k, v)
+        result = function(*tensors)
     del result
     return sum(sizes.values())
+
+
+def kept_by_fast_attention(side):
+    """On side x side places."""
+    q = torch.randn(1, side**2, 4, requires_grad=True)
+    k = torch.randn(1, side**2, 4, requires_grad=True)
+    v = torch.randn(1, side**2, 32, requires_grad=True)
+    return bytes_kept(fast_attention, (q, k, v))
 
 
 def weights_bytes(side):
@@ -451,6 +456,8 @@ def weights_bytes(side):
 
 def test_large_maps_keep_no_weights_for_the_backward_pass():
     """Above 32 x 32 places what is kept grows with N and not with N^2."""
-    assert kept_bytes(68) == 4 * kept_bytes(34)
-    assert kept_bytes(34) < weights_bytes(34) / 4
-    assert weights_bytes(32) < kept_bytes(32) < 3 * weights_bytes(32)  # the plain formula
+    assert kept_by_fast_attention(68) == 4 * kept_by_fast_attention(34)
+    assert kept_by_fast_attention(34) < weights_bytes(34) / 4
+    assert (
+        weights_bytes(32) < kept_by_fast_attention(32) < 3 * weights_bytes(32)
+    )  # the plain formula
